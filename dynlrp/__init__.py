@@ -1,0 +1,45 @@
+"""Layer-wise Relevance Propagation for any PyTorch model, operation by operation."""
+
+from dynlrp import rules
+from dynlrp.composite import COMPOSITES, Composite, When, epsilon_gamma_box
+from dynlrp.errors import (
+    BrokenPromiseError,
+    CompiledModuleError,
+    DynLRPError,
+    FreedGraphError,
+    InputError,
+    NonFiniteError,
+    NoPathError,
+    RuleError,
+    TargetError,
+    TrainingModeError,
+    UnknownOperationError,
+)
+from dynlrp.explain import explain, relevance
+from dynlrp.explanation import Explanation
+from dynlrp.ledger import Ledger
+
+from dynlrp._version import __version__
+
+__all__ = [
+    "COMPOSITES",
+    "BrokenPromiseError",
+    "CompiledModuleError",
+    "Composite",
+    "DynLRPError",
+    "Explanation",
+    "FreedGraphError",
+    "InputError",
+    "Ledger",
+    "NoPathError",
+    "NonFiniteError",
+    "RuleError",
+    "TargetError",
+    "TrainingModeError",
+    "UnknownOperationError",
+    "When",
+    "epsilon_gamma_box",
+    "explain",
+    "relevance",
+    "rules",
+]

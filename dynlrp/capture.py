@@ -1,0 +1,213 @@
+"""One forward pass under observation: which module every operation ran in, and the outputs of requested layers."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from dynlrp.errors import CompiledModuleError, InputError, TrainingModeError
+
+_sequence: Callable[[], int] = torch._C._autograd._get_sequence_nr
+
+
+class Recording:
+    """What one forward pass left behind."""
+
+    def __init__(self, model: Any, layers: Sequence[str]) -> None:
+        self._model = model
+        self._events: list[tuple[int, Any]] = []
+        """Sequence number at every entry (module) and exit (None) of a module."""
+        self._layers = layers
+        self._names: dict[int, str] | None = None
+        self._wanted: dict[int, str] = {}
+        self.outputs: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
+        """Per requested layer and call: the output, its value without graph, and the version of that value."""
+        self.aliases: dict[str, Tensor] = {}
+        """Stand-ins of frozen parameters by name."""
+
+    def names(self) -> dict[int, str]:
+        """Module path by ``id``."""
+        if self._names is None:
+            modules = self._model.named_modules() if isinstance(self._model, nn.Module) else ()
+            self._names = {id(module): name for name, module in modules}
+        return self._names
+
+    def path(self, sequence: int) -> str:
+        """Path of the innermost module that was running when the operation with this number was recorded."""
+        position = bisect_right(self._events, sequence, key=lambda event: event[0])
+        depth = 0
+        for _, module in reversed(self._events[:position]):
+            if module is None:
+                depth += 1
+            elif depth:
+                depth -= 1
+            else:
+                return self.names().get(id(module), type(module).__name__)
+        return ""
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Follow the modules that this thread runs."""
+        thread, events, wanted = threading.get_ident(), self._events, self._select()
+
+        def enter(module: nn.Module, _: Any) -> None:
+            if threading.get_ident() == thread:
+                events.append((_sequence(), module))
+
+        def leave(module: nn.Module, _: Any, output: Any) -> None:
+            if threading.get_ident() == thread:
+                events.append((_sequence(), None))
+                name = wanted.get(id(module)) if wanted else None
+                if name is not None:
+                    self._keep(name, output)
+
+        with ExitStack() as stack:
+            stack.callback(hooks.register_module_forward_pre_hook(enter).remove)
+            stack.callback(hooks.register_module_forward_hook(leave).remove)
+            yield
+
+    def _select(self) -> dict[int, str]:
+        wanted: dict[int, str] = {}
+        for pattern in self._layers:
+            found = {i: name for i, name in self.names().items() if fnmatchcase(name, pattern)}
+            if not found:
+                raise InputError(f"no module is called {pattern!r}; the model has {list(self.names().values())[1:9]} ...")
+            wanted.update(found)
+        return wanted
+
+    def _keep(self, name: str, output: Any) -> None:
+        tensor = next((t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()), None)
+        if tensor is None or not tensor.requires_grad:
+            return
+        value = tensor.detach()
+        self.outputs.setdefault(name, []).append((tensor, value, value._version))
+
+
+class Aliases(TorchFunctionMode):
+    """Lets frozen parameters take part in the graph through stand-ins that share their memory.
+
+    Biases, embeddings and class tokens must be seen to be booked and explained, whatever ``requires_grad`` says, and
+    the parameters themselves are not touched. Weights of matrix products and convolutions stay frozen, so that autograd
+    need not save their inputs, unless their own relevance is wanted.
+    """
+
+    _products = frozenset(
+        {
+            nn.functional.linear, nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d,
+            nn.functional.conv_transpose1d, nn.functional.conv_transpose2d, nn.functional.conv_transpose3d,
+        }
+    )  # fmt: skip
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], wanted: set[str]) -> None:
+        super().__init__()
+        self.tensors = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+        self._by_id = {id(p): self.tensors[name] for name, p in parameters.items()}
+        self._wanted = {id(p) for name, p in parameters.items() if name in wanted}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("__get__", "__set__") or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        first = 1 if func in self._products else None
+
+        def swap(position: int, value: Any) -> Any:
+            if type(value) is nn.Parameter and (position != first or id(value) in self._wanted):
+                return self._by_id.get(id(value), value)
+            if isinstance(value, tuple | list) and any(type(v) is nn.Parameter for v in value):
+                return type(value)(self._by_id.get(id(v), v) for v in value)
+            return value
+
+        args = tuple(swap(i, a) for i, a in enumerate(args))
+        kwargs = {k: swap(1 if k == "weight" else -1, v) for k, v in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def frozen_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """Parameters without ``requires_grad`` that could have it, by name."""
+    if not isinstance(model, nn.Module) or all(p.requires_grad for p in model.parameters()):
+        return {}
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if not p.requires_grad and (p.is_floating_point() or p.is_complex()) and not p.is_inference()
+    }
+
+
+def refuse_compiled(model: Any) -> None:
+    """Raise for ``torch.compile``d modules and functions."""
+    if hasattr(model, "_orig_mod") or hasattr(model, "_torchdynamo_orig_callable"):
+        raise CompiledModuleError(
+            "this module went through torch.compile, so its graph is one opaque node: explain the original, "
+            "model._orig_mod, which shares its weights"
+        )
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+                raise CompiledModuleError(
+                    f"{type(module).__name__} in this model went through torch.compile, so its graph is one opaque "
+                    f"node: explain the model without compiling that part"
+                )
+
+
+def refuse_training(model: Any) -> None:
+    """Raise where dropout or batch statistics are active."""
+    if not isinstance(model, nn.Module):
+        return
+    active = [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if module.training
+        and (
+            (isinstance(module, _DropoutNd) and module.p > 0)
+            or isinstance(module, _NormBase)
+            or getattr(module, "dropout", 0.0).__class__ is float and module.dropout > 0
+        )
+    ]
+    if active:
+        raise TrainingModeError(
+            f"in training mode: {', '.join(active[:5])}{' ...' if len(active) > 5 else ''}. Call model.eval() before "
+            f"explaining, or pass allow_training=True to explain one random draw."
+        )
+
+
+@contextmanager
+def same_state(model: Any, allow_training: bool) -> Iterator[None]:
+    """Put the random state back, and buffers too where training is allowed. A forward that draws random numbers is
+    an error unless that is allowed."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    before = torch.get_rng_state()
+    on_devices = [torch.cuda.get_rng_state(d) for d in devices]
+    buffers: list[tuple[Tensor, Tensor]] = []
+    if allow_training and isinstance(model, nn.Module):
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    drawn = False
+    try:
+        yield
+        drawn = not torch.equal(before, torch.get_rng_state()) or any(
+            not torch.equal(s, torch.cuda.get_rng_state(d)) for d, s in zip(devices, on_devices, strict=True)
+        )
+    finally:
+        torch.set_rng_state(before)
+        for device, state in zip(devices, on_devices, strict=True):
+            torch.cuda.set_rng_state(state, device)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+    if drawn and not allow_training:
+        raise TrainingModeError(
+            "the forward pass drew random numbers (dropout as a function, sampling): its explanation would be of one "
+            "random draw. Call model.eval(), or pass allow_training=True."
+        )

@@ -1,0 +1,137 @@
+"""Composites: ordered maps from places in a graph to rules, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from dynlrp.errors import InputError
+from dynlrp.rules.addition import Magnitude
+from dynlrp.rules.attention import Attention
+from dynlrp.rules.linear import AlphaBeta, Epsilon, Flat, Gamma, ZBox, ZPlus
+from dynlrp.rules.operation import Gradient, Hold, Rule
+from dynlrp.rules.product import Ungated
+
+
+class Site(NamedTuple):
+    """Where a rule is wanted."""
+
+    family: str
+    name: str
+    roles: frozenset[str]
+    path: str
+    first: bool
+    last: bool
+
+
+@dataclass(frozen=True)
+class When:
+    """A condition on a place in the graph; what is left out always holds.
+
+    ``family``: an operation family (``dense``, ``convolution``, ``product``, ``attention``, ``softmax``,
+    ``elementwise``, ``normalization``, ``addition`` ...). ``role``: ``attention`` or ``gate``. ``path``: a glob over
+    module paths. ``first`` / ``last``: linear operations with no other between them and the input / the output.
+    ``name``: the exact node name.
+    """
+
+    family: str | None = None
+    role: str | None = None
+    path: str | None = None
+    first: bool | None = None
+    last: bool | None = None
+    name: str | None = None
+
+    def __call__(self, site: Site) -> bool:
+        return (
+            (self.family is None or self.family == site.family)
+            and (self.name is None or self.name == site.name)
+            and (self.role is None or self.role in site.roles)
+            and (self.first is None or self.first == site.first)
+            and (self.last is None or self.last == site.last)
+            and (self.path is None or fnmatchcase(site.path, self.path))
+        )
+
+
+@dataclass(frozen=True)
+class Composite:
+    """Rules by place: the first entry that holds wins; where none does, the operation's own rule is used.
+
+    >>> Composite.of("mine", {When("convolution", first=True): Flat(), "convolution": Gamma(0.25)})
+    """
+
+    name: str
+    entries: tuple[tuple[When, Rule], ...] = ()
+
+    @classmethod
+    def of(cls, name: str, rules: Mapping[str | When, Rule]) -> Composite:
+        """A composite from a mapping; a string key is a family."""
+        return cls(name, tuple((When(key) if isinstance(key, str) else key, rule) for key, rule in rules.items()))
+
+    def pick(self, site: Site) -> Rule | None:
+        """The rule of the first entry that holds at ``site``."""
+        return next((rule for when, rule in self.entries if when(site)), None)
+
+    @property
+    def positional(self) -> bool:
+        """Whether first and last linear operations must be known."""
+        return any(when.first is not None or when.last is not None for when, _ in self.entries)
+
+    @property
+    def by_path(self) -> bool:
+        """Whether the module path of every node must be known."""
+        return any(when.path is not None for when, _ in self.entries)
+
+
+def _zennit(name: str, convolution: Rule, first: Mapping[str | When, Rule] | None = None) -> Composite:
+    return Composite.of(name, {**(first or {}), "convolution": convolution, "dense": Epsilon(1e-6)})
+
+
+def epsilon_gamma_box(low: float | None = None, high: float | None = None) -> Composite:
+    """z-box on the first layer, gamma 0.25 on other convolutions, epsilon 1e-6 on dense layers.
+
+    ``low`` and ``high`` bound the inputs; None takes each sample's own minimum and maximum.
+    """
+    return _zennit("epsilon_gamma_box", Gamma(0.25), {When("convolution", first=True): ZBox(low, high)})
+
+
+FLAT_FIRST: dict[str | When, Rule] = {When(family, first=True): Flat() for family in ("convolution", "dense")}
+
+COMPOSITES: dict[str, Composite] = {
+    composite.name: composite
+    for composite in (
+        # Operations' own rules are AttnLRP's: epsilon -> 0 on linear layers, equal shares, softmax by its VJP.
+        Composite.of("auto", {"convolution": Gamma(0.25)}),
+        Composite("attnlrp"),
+        Composite("epsilon"),
+        Composite.of(
+            "cplrp",
+            {
+                When("softmax", role="attention"): Hold(),
+                When("product", role="gate"): Ungated(),
+                "attention": Attention(scores=0.0),
+            },
+        ),
+        _zennit("epsilon_plus", ZPlus()),
+        _zennit("epsilon_alpha2_beta1", AlphaBeta(2.0, 1.0)),
+        _zennit("epsilon_plus_flat", ZPlus(), FLAT_FIRST),
+        _zennit("epsilon_alpha2_beta1_flat", AlphaBeta(2.0, 1.0), FLAT_FIRST),
+        epsilon_gamma_box(),
+        Composite.of("dynamiclrp", {"addition": Magnitude(), "convolution": Gamma(125.0)}),
+        Composite.of(
+            "gradient_x_input", {"convolution": Epsilon(), "dense": Epsilon(), When(): Gradient()}
+        ),
+    )
+}
+"""Composites by name."""
+
+
+def composite_named(composite: str | Composite) -> Composite:
+    """A composite, looked up by name if need be."""
+    if isinstance(composite, Composite):
+        return composite
+    try:
+        return COMPOSITES[composite]
+    except (KeyError, TypeError):
+        raise InputError(f"no composite is called {composite!r}; there are {', '.join(COMPOSITES)}") from None

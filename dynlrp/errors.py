@@ -1,0 +1,61 @@
+"""The project's exceptions: every one says what went wrong, where, and what helps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class DynLRPError(Exception):
+    """Base of every error that dynlrp raises on purpose."""
+
+
+class UnknownOperationError(DynLRPError):
+    """Relevance reaches operations that no rule covers. ``operations`` holds ``(name, module path)`` pairs."""
+
+    def __init__(self, operations: Sequence[tuple[str, str]]) -> None:
+        self.operations = list(dict.fromkeys(operations))
+        places = "\n".join(f"  {name} in {path or 'the model itself'}" for name, path in self.operations)
+        first = self.operations[0][0]
+        super().__init__(
+            f"{len(self.operations)} operation(s) have no rule:\n{places}\n"
+            f"If an operation is linear in its operands, one line is enough:\n"
+            f"    dynlrp.rules.linear_operation('{first}')\n"
+            f"Otherwise register a rule with @dynlrp.rules.rule('{first}'), or pass on_unknown='gradient' to treat "
+            f"these operations as their gradient (the ledger then lists them)."
+        )
+
+
+class BrokenPromiseError(DynLRPError):
+    """A rule needs an activation that the graph did not keep and that cannot be recomputed."""
+
+
+class FreedGraphError(DynLRPError):
+    """The graph's saved tensors are gone: a backward pass without ``retain_graph=True`` went before."""
+
+
+class NoPathError(DynLRPError):
+    """The output has no graph, or no relevance can travel from it to any of the inputs."""
+
+
+class TrainingModeError(DynLRPError):
+    """Dropout, batch statistics or other random draws are active during the forward pass."""
+
+
+class TargetError(DynLRPError):
+    """The target does not fit the model's output."""
+
+
+class InputError(DynLRPError):
+    """The inputs, composite or option given cannot be used."""
+
+
+class CompiledModuleError(DynLRPError):
+    """A ``torch.compile``d module was given; its graph is one opaque node."""
+
+
+class NonFiniteError(DynLRPError):
+    """NaN or infinity in an activation or in relevance."""
+
+
+class RuleError(DynLRPError):
+    """A rule returned something of the wrong number, shape or type, or failed."""

@@ -1,0 +1,355 @@
+"""One rule for every node, settled from the structure alone, so that a plan serves every call of the same graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+
+from torch import Tensor
+
+from dynlrp.composite import Composite, Site
+from dynlrp.errors import NoPathError
+from dynlrp.graph import LEAF, Edge, Structure
+from dynlrp.roles import NO_ROLE, Role, roles
+from dynlrp.rules import Ungated
+from dynlrp.rules.operation import REGISTRY, VJP, Gradient, Grads, Need, Operation, Rule, Step
+
+
+class Kind(IntEnum):
+    """What a tensor is to the explanation."""
+
+    CONSTANT = 0  # depends on nothing that requires grad
+    PARAMETER = 1  # depends on leaves that are not explained: parameters
+    COEFFICIENT = 2  # depends on the inputs, but only through operands that carry no relevance
+    SIGNAL = 3  # relevance travels on through it
+
+
+@dataclass(frozen=True)
+class PassThrough(Rule):
+    """A batch norm that its linear operation absorbed: relevance goes on unchanged."""
+
+    consumes = "relevance"
+    emits = "relevance"
+
+    def __call__(self, step: Step, grads: Grads) -> tuple[Tensor | None, ...]:
+        return (grads[0], *[None] * (len(step.wants) - 1))
+
+
+@dataclass
+class StepPlan:
+    """What happens at one node. Also what :class:`~dynlrp.rules.operation.StepShape` promises to rules."""
+
+    index: int
+    name: str
+    operation: Operation
+    rule: Rule
+    operands: tuple[Edge | None, ...]
+    kinds: tuple[Kind, ...]
+    signals: tuple[bool, ...]
+    booked: tuple[bool, ...]
+    """Operands whose relevance ends here, in the ledger (parameters, coefficients)."""
+    observed: tuple[bool, ...]
+    present: tuple[bool, ...]
+    nonnegative: bool
+    hidden: bool
+    """Autograd did not record a constant that adds to the output."""
+    fallback: bool
+    """The gradient stands in for a rule."""
+    merged: StepPlan | None
+    wants: tuple[bool, ...] = ()
+    gated: bool = False
+    outputs: tuple[int, ...] = ()
+    """Outputs through which relevance arrives."""
+    relevance_in: bool = False
+    """The gauge in which the rule works: relevance, or multipliers."""
+    emits_relevance: bool = False
+    converts: tuple[int, ...] = ()
+    """Outputs that arrive in the other gauge."""
+    scaled: tuple[bool, ...] = ()
+    """Operands whose multiplier must become relevance, as another consumer of the tensor emits relevance."""
+    needs: tuple[Need, ...] = ()
+
+    @property
+    def wants_anything(self) -> bool:
+        return any(self.wants)
+
+    @property
+    def balances(self) -> bool:
+        """Only the activations on both sides tell how much was lost here."""
+        return self.hidden or self.fallback
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps from output to sources, and the gauge of every edge that carries relevance, not a multiplier."""
+
+    steps: tuple[StepPlan, ...]
+    relevance_edges: frozenset[Edge]
+    ends: frozenset[Edge]
+    """Sources with no other source behind them: here relevance leaves the graph."""
+    consumers: dict[Edge, list[tuple[int, int]]]
+    """Who uses a tensor: node and operand number."""
+    roles: dict[int, Role]
+
+
+@lru_cache(maxsize=64)
+def make_plan(structure: Structure, composite: Composite, on_unknown: str = "error") -> Plan:
+    """Settle the rule, the operands to follow and the gauges for every node on a path from root to a source.
+
+    Raises :class:`UnknownNodes` with every node nobody has a rule for, and :class:`NoPathError` where no relevance can
+    reach a source.
+    """
+    return _Planner(structure, composite, on_unknown).plan()
+
+
+class UnknownNodes(Exception):
+    """Nodes without a rule, as ``(index, name)``; the caller knows their module paths."""
+
+    def __init__(self, nodes: list[tuple[int, str]]) -> None:
+        super().__init__(nodes)
+        self.nodes = nodes
+
+
+class _Planner:
+    def __init__(self, structure: Structure, composite: Composite, on_unknown: str) -> None:
+        self.s = structure
+        self.composite = composite
+        self.on_unknown = on_unknown
+        self.count = len(structure.names)
+        self.roles = roles(structure)
+        self.sources = frozenset(structure.sources)
+        self.consumers: dict[Edge, list[tuple[int, int]]] = {}
+        for index, operands in enumerate(structure.operands):
+            for position, edge in enumerate(operands):
+                if edge is not None:
+                    self.consumers.setdefault(edge, []).append((index, position))
+
+    def plan(self) -> Plan:
+        self._upwards()
+        if self._kind(self.s.root) is not Kind.SIGNAL:
+            raise NoPathError(
+                "no relevance can reach the inputs from this output: every path ends in an operation that carries "
+                "none (an integer or boolean result, argmax, a detached tensor, a normalisation statistic)"
+            )
+        return self._downwards()
+
+    # Operands first: what every tensor is, and which rule its node has.
+
+    def _upwards(self) -> None:
+        s = self.s
+        observed = set(s.observed)
+        self.kinds: list[Kind] = []
+        self.rules: list[Rule | None] = []
+        self.letters: list[str] = []
+        self.observes: list[bool] = []
+        self.nonnegative: list[bool] = []
+        outermost = self._nearest_output() if self.composite.positional else frozenset()
+        below: list[bool] = []  # a linear operation on the way from a source
+        self.reaches: list[bool] = []
+        for index, name in enumerate(s.names):
+            operands = s.operands[index]
+            operation = REGISTRY.get(name)
+            carried = [edge for edge in operands if edge is not None]
+            self.observes.append(index in observed or any(self.observes[edge.node] for edge in carried))
+            reached = [edge for edge in carried if edge in self.sources or self.reaches[edge.node]]
+            self.reaches.append(bool(reached))
+            linear = any(below[edge.node] for edge in reached if edge not in self.sources)
+            below.append(linear or (operation is not None and self._is_linear(index, operation)))
+            self.nonnegative.append(self._never_negative(index, operation))
+            if operation is None:
+                self.rules.append(None)
+                self.letters.append("+")
+            elif not reached:
+                self.rules.append(operation.rule)
+                self.letters.append(operation.operands)
+            else:
+                family = self._family(index, operation)
+                role = self.roles.get(index, NO_ROLE)
+                usual = operation.rule
+                if family != operation.family and operation.bilinear is not None:
+                    usual = operation.bilinear
+                site = Site(
+                    family=family,
+                    name=name,
+                    roles=role.names,
+                    path=s.paths[index] if s.paths is not None else "",
+                    first=not linear,
+                    last=index in outermost,
+                )
+                chosen = self.composite.pick(site) or (Ungated() if "self gate" in role.names else usual)
+                self.rules.append(chosen)
+                self.letters.append(chosen.operands(operation, role.gate))
+            self.kinds.append(self._node_kind(index, name))
+
+    def _node_kind(self, index: int, name: str) -> Kind:
+        if name == LEAF:
+            return Kind.PARAMETER
+        best = Kind.CONSTANT
+        for position, edge in enumerate(self.s.operands[index]):
+            kind = self._kind(edge)
+            if kind is Kind.SIGNAL and self._letter(index, position) == "-":
+                kind = Kind.COEFFICIENT
+            best = max(best, kind)
+        return best
+
+    def _kind(self, edge: Edge | None) -> Kind:
+        if edge is None:
+            return Kind.CONSTANT
+        return Kind.SIGNAL if edge in self.sources else self.kinds[edge.node]
+
+    def _letter(self, index: int, position: int) -> str:
+        letters = self.letters[index]
+        return letters[min(position, len(letters) - 1)] if letters else "+"
+
+    def _is_linear(self, index: int, operation: Operation) -> bool:
+        return operation.family in ("dense", "convolution") and self._family(index, operation) == operation.family
+
+    def _family(self, index: int, operation: Operation) -> str:
+        """A matrix product or convolution is a linear layer only where no more than one factor depends on inputs."""
+        if operation.family not in ("dense", "convolution"):
+            return operation.family
+        factors = [
+            self._kind(edge) >= Kind.COEFFICIENT
+            for position, edge in enumerate(self.s.operands[index])
+            if operation.letter(position) == "*"
+        ]
+        return "product" if sum(factors) > 1 else operation.family
+
+    def _never_negative(self, index: int, operation: Operation | None) -> bool:
+        if operation is None:
+            return False
+        sign = operation.sign(self.s.facts[index]) if callable(operation.sign) else operation.sign
+        if sign != "same":
+            return sign == "nonnegative"
+        operands = self.s.operands[index]
+        return all(
+            edge is not None and edge not in self.sources and self.nonnegative[edge.node] for edge in operands
+        )
+
+    def _nearest_output(self) -> frozenset[int]:
+        """Linear operations with no other between them and the output."""
+        found = set()
+        clear = {self.s.root.node}
+        for index in range(self.count - 1, -1, -1):
+            if index not in clear:
+                continue
+            operation = REGISTRY.get(self.s.names[index])
+            if operation is not None and operation.family in ("dense", "convolution"):
+                found.add(index)
+                continue
+            clear.update(edge.node for edge in self.s.operands[index] if edge is not None)
+        return frozenset(found)
+
+    # Output first: the nodes relevance meets, with the gauge it has there.
+
+    def _downwards(self) -> Plan:
+        walked = {self.s.root.node}
+        arrivals: dict[int, set[int]] = {self.s.root.node: {self.s.root.output}}
+        followers: dict[Edge, list[int]] = {}
+        relevance: set[Edge] = {self.s.root} if self.s.seeded else set()
+        absorbed: dict[int, StepPlan] = {}
+        steps: list[StepPlan] = []
+        unknown: list[tuple[int, str]] = []
+        for index in range(self.s.root.node, -1, -1):
+            if index not in walked or self.s.names[index] == LEAF:
+                continue
+            step = self._step(index, absorbed, unknown)
+            steps.append(step)
+            step.outputs = tuple(sorted(arrivals.get(index, ())))
+            copies = step.operation.copies and isinstance(step.rule, VJP)
+            in_relevance = any(Edge(index, output) in relevance for output in step.outputs)
+            step.relevance_in = step.rule.consumes == "relevance" or (copies and in_relevance)
+            step.emits_relevance = step.rule.emits == "relevance" or (copies and step.relevance_in)
+            carrier = step if step.merged is None else step.merged
+            heads = followers.get(Edge(carrier.index, 0), [])
+            step.gated = bool(heads) and Edge(carrier.index, 0) != self.s.root and all(map(self._gates, heads))
+            for position, edge in enumerate(step.operands):
+                if edge is None or not (step.signals[position] or step.observed[position]):
+                    continue
+                if edge not in self.sources or self.reaches[edge.node] or self.observes[edge.node]:
+                    walked.add(edge.node)
+                if step.signals[position]:
+                    followers.setdefault(edge, []).append(index)
+                    arrivals.setdefault(edge.node, set()).add(edge.output)
+                    if step.emits_relevance:
+                        relevance.add(edge)
+        if unknown:
+            raise UnknownNodes(unknown)
+        for step in steps:
+            step.scaled = tuple(
+                edge in relevance and signal and not step.emits_relevance
+                for edge, signal in zip(step.operands, step.signals, strict=True)
+            )
+            step.converts = tuple(
+                output for output in step.outputs if (Edge(step.index, output) in relevance) != step.relevance_in
+            )
+            step.needs = tuple(step.rule.needs(step)) if step.wants_anything else ()
+        ends = frozenset(edge for edge in self.sources if not self.reaches[edge.node])
+        return Plan(tuple(steps), frozenset(relevance), ends, self.consumers, self.roles)
+
+    def _step(self, index: int, absorbed: dict[int, StepPlan], unknown: list[tuple[int, str]]) -> StepPlan:
+        name = self.s.names[index]
+        operands = self.s.operands[index]
+        operation = REGISTRY.get(name)
+        rule = self.rules[index]
+        fallback = isinstance(rule, Gradient) and operation is not None and not isinstance(operation.rule, VJP)
+        if operation is None or rule is None:
+            if self.on_unknown != "gradient":
+                unknown.append((index, name))
+            operation, rule, fallback = Operation(name, "unknown", rule=Gradient(), operands="*"), Gradient(), True
+        kinds = tuple(self._kind(edge) for edge in operands)
+        letters = [self._letter(index, position) for position in range(len(operands))]
+        signals = tuple(k is Kind.SIGNAL and a != "-" for k, a in zip(kinds, letters, strict=True))
+        booked = tuple(
+            a == "+" and k in (Kind.PARAMETER, Kind.COEFFICIENT) for k, a in zip(kinds, letters, strict=True)
+        )
+        present = tuple(edge is not None for edge in operands)
+        step = StepPlan(
+            index=index,
+            name=name,
+            operation=operation,
+            rule=rule,
+            operands=operands,
+            kinds=kinds,
+            signals=signals,
+            booked=booked,
+            observed=tuple(
+                edge is not None and not signal and self.observes[edge.node]
+                for edge, signal in zip(operands, signals, strict=True)
+            ),
+            present=present,
+            nonnegative=all(
+                edge is not None and edge not in self.sources and self.nonnegative[edge.node]
+                for edge, signal in zip(operands, signals, strict=True)
+                if signal
+            ),
+            hidden=operation.hides is not None and operation.hides(self.s.facts[index], present),
+            fallback=fallback,
+            merged=absorbed.get(index),
+        )
+        inner = self._absorber(step)
+        if inner is not None:
+            step.rule, step.hidden = PassThrough(), False
+            step.booked = step.observed = (False,) * len(operands)
+            absorbed[inner] = step
+        step.wants = tuple(a or b or c for a, b, c in zip(step.signals, step.booked, step.observed, strict=True))
+        return step
+
+    def _absorber(self, step: StepPlan) -> int | None:
+        """The linear operation that takes this batch norm into its weights, if its rule asks for that."""
+        edge = step.operands[0] if step.operands else None
+        affine = step.operation.affine
+        if affine is None or edge is None or edge in self.sources or not step.signals[0]:
+            return None
+        operation, rule = REGISTRY.get(self.s.names[edge.node]), self.rules[edge.node]
+        if operation is None or rule is None or not rule.merges_norm or not affine(self.s.facts[step.index]):
+            return None
+        alone = len(self.consumers[edge]) == 1
+        return edge.node if alone and self._is_linear(edge.node, operation) else None
+
+    def _gates(self, index: int) -> bool:
+        operation = REGISTRY.get(self.s.names[index])
+        if operation is None:
+            return False
+        return operation.gates(self.s.facts[index]) if callable(operation.gates) else operation.gates

@@ -1,0 +1,126 @@
+"""What of the output is explained: the seed of the pass and the value per sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynlrp.errors import NoPathError, TargetError
+
+Target = int | Sequence[Any] | Tensor | Callable[[Tensor], Tensor] | None
+
+
+class Seed(NamedTuple):
+    """``root`` is the tensor relevance starts from, ``start`` what it starts with."""
+
+    root: Tensor
+    start: Tensor
+    value: Tensor
+    """The explained output, one number per sample."""
+    relevance: bool
+    """``start`` is relevance, not a multiplier."""
+
+
+def find_output(output: Any, name: str | int | None = None) -> Tensor:
+    """The tensor to explain in whatever the model returned: ``name`` if given, else the field ``logits``, else the
+    first floating point tensor."""
+    if name is not None:
+        found = _field(output, name)
+        if not isinstance(found, Tensor):
+            raise TargetError(f"output {name!r} is not a tensor but {type(found).__name__}")
+        return found
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    stack = [output]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Tensor) and item.is_floating_point():
+            return item
+        if isinstance(item, Mapping):
+            stack.extend(reversed(list(item.values())))
+        elif isinstance(item, tuple | list):
+            stack.extend(reversed(item))
+        elif hasattr(item, "__dataclass_fields__"):
+            stack.extend(reversed([getattr(item, field) for field in item.__dataclass_fields__]))
+    raise TargetError(f"the model returned {type(output).__name__} with no floating point tensor in it")
+
+
+def _field(output: Any, name: str | int) -> Any:
+    try:
+        if isinstance(output, Mapping) or isinstance(name, int):
+            return output[name]
+        return getattr(output, name)
+    except (KeyError, IndexError, AttributeError, TypeError):
+        fields = list(output) if isinstance(output, Mapping) else [n for n in dir(output) if not n.startswith("_")]
+        raise TargetError(f"the output has no {name!r}; it has {fields[:20]}") from None
+
+
+def make_seed(output: Tensor, target: Target) -> Seed:
+    """Where relevance starts for a target (see :func:`dynlrp.explain`)."""
+    if output.grad_fn is None and not output.requires_grad:
+        raise NoPathError(
+            "the output does not require grad: it was computed without a graph (torch.no_grad, detach, or a model "
+            "that leaves autograd)"
+        )
+    if callable(target):
+        with torch.enable_grad():
+            score = target(output)
+        if not isinstance(score, Tensor) or not score.is_floating_point():
+            raise TargetError("a callable target must return a floating point tensor with one number per sample")
+        if score.grad_fn is None:
+            raise TargetError("what the callable target returned does not depend on the output")
+        if score.ndim > 1 and score[0].numel() != 1:
+            raise TargetError(f"a callable target must return one number per sample, not shape {tuple(score.shape)}")
+        return Seed(score, torch.ones_like(score), score.detach().reshape(-1), False)
+    shape = output.shape
+    if isinstance(target, Tensor) and target.is_floating_point():
+        if target.shape != shape:
+            raise TargetError(f"initial relevance of shape {tuple(target.shape)} for an output of {tuple(shape)}")
+        value = target.detach().to(output)
+        return Seed(output, value, value.reshape(shape[0] if shape else 1, -1).sum(1), True)
+    batch = shape[0] if shape else 1
+    flat = output.detach().reshape(batch, math.prod(shape[1:]))
+    if flat.shape[1] == 0 or batch == 0:
+        raise TargetError(f"the output of shape {tuple(shape)} has nothing to explain")
+    index = flat.argmax(1) if target is None else _flat_index(target, batch, shape[1:], output.device)
+    value = flat.gather(1, index.unsqueeze(1))
+    start = torch.zeros_like(flat).scatter_(1, index.unsqueeze(1), 1.0)
+    return Seed(output, start.reshape(shape), value.squeeze(1), False)
+
+
+def _flat_index(target: Any, batch: int, rest: torch.Size, device: torch.device) -> Tensor:
+    """One flat index per sample from an int, an int per sample, an index tuple or an index tuple per sample."""
+    if isinstance(target, Tensor):
+        target = target.tolist()
+    if isinstance(target, bool) or not isinstance(target, int | Sequence) or isinstance(target, str):
+        raise TargetError(f"a target cannot be {type(target).__name__}")
+    if isinstance(target, tuple) and len(target) == len(rest) and all(isinstance(i, int) for i in target):
+        rows = [target] * batch
+    elif isinstance(target, int):
+        rows = [(target,)] * batch
+    else:
+        rows = [(t,) if isinstance(t, int) else tuple(t) for t in target]
+        if len(rows) != batch:
+            raise TargetError(f"{len(rows)} targets for a batch of {batch}")
+    sizes = tuple(rest) or (1,)
+    flat: list[int] = []
+    for row in rows:
+        if len(row) != len(sizes):
+            raise TargetError(
+                f"the output has shape (batch, {', '.join(map(str, rest))}): a target needs {len(sizes)} number(s) "
+                f"such as {tuple(0 for _ in sizes)}, not {row if len(row) > 1 else row[0]}"
+            )
+        position = 0
+        for number, size in zip(row, sizes, strict=True):
+            if not isinstance(number, int) or not -size <= number < size:
+                raise TargetError(f"target {number!r} is out of range for an output dimension of size {size}")
+            position = position * size + number % size
+        flat.append(position)
+    return torch.tensor(flat, device=device)

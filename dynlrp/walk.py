@@ -1,0 +1,342 @@
+"""The pass itself: multipliers travel from the output to the sources, node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynlrp.errors import BrokenPromiseError, DynLRPError, FreedGraphError, NonFiniteError, RuleError
+from dynlrp.graph import LEAF, Edge, Graph, Node
+from dynlrp.ledger import Ledger
+from dynlrp.plan import Kind, Plan, StepPlan
+from dynlrp.promise import FREED, Promises
+from dynlrp.rules.operation import OUTPUT, VJP, Account, Grads, Need
+
+
+class LiveStep:
+    """A :class:`StepPlan` joined with its node: what rules see (:class:`~dynlrp.rules.operation.Step`)."""
+
+    __slots__ = ("_ledger", "_promises", "met", "node", "outer", "plan")
+
+    def __init__(self, plan: StepPlan, node: Node, promises: Promises, ledger: Ledger) -> None:
+        self.plan = plan
+        self.node = node
+        self._promises = promises
+        self._ledger = ledger
+        self.met: set[Need] = set()
+        self.outer: LiveStep | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.plan, name)
+
+    @property
+    def merged(self) -> LiveStep | None:
+        return self.outer
+
+    def saved(self, name: str) -> Any:
+        return getattr(self.node, "_saved_" + name)
+
+    def operand(self, index: int) -> Tensor:
+        own = self._own(index)
+        if own is not None:
+            return own
+        edge = self.plan.operands[index]
+        assert edge is not None
+        return self._promises.take(edge)
+
+    def output(self) -> Tensor:
+        if self.plan.operation.result and self.plan.merged is None:
+            result: Tensor = self.saved(self.plan.operation.result)
+            return result.detach()
+        return self._promises.take(*self._head())
+
+    def has(self, need: Need) -> bool:
+        return need in self.met
+
+    def book(self, account: Account, amount: Tensor) -> None:
+        self._ledger.book(account, self.plan.name, self.node._sequence_nr(), amount)
+
+    def vjp(self, grads: Grads) -> Sequence[Tensor | None]:
+        result = self.node(*grads) if not hasattr(self.node, "apply") else self.node.apply(*grads)
+        return result if isinstance(result, tuple) else (result,)
+
+    def settle(self, need: Need) -> str:
+        """Find a keeper for a need; returns why there is none."""
+        if need.operand is None:
+            own = self.plan.operation.result and self.plan.merged is None
+            problem = "" if own else self._promises.settle(*self._head())
+        elif self._own(need.operand) is not None:
+            problem = ""
+        else:
+            edge = self.plan.operands[need.operand]
+            problem = "autograd did not record this constant" if edge is None else self._promises.settle(edge)
+        if not problem:
+            self.met.add(need)
+        return problem
+
+    def settle_bias(self) -> str:
+        """The bias of an absorbed batch norm, where it has one."""
+        if self.plan.present[2]:
+            return self.settle(Need(2))
+        return "" if self.saved("weight") is None else "its frozen bias is not in the graph"
+
+    def _own(self, index: int) -> Tensor | None:
+        attribute = self.plan.operation.saved.get(index)
+        if attribute is None:
+            return None
+        value = self.saved(attribute)
+        return value.detach() if isinstance(value, Tensor) else None
+
+    def _head(self) -> tuple[Edge, bool]:
+        carrier = self.plan if self.plan.merged is None else self.plan.merged
+        return Edge(carrier.index, 0), self.plan.gated
+
+
+class Walk:
+    """One pass over one graph."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        graph: Graph,
+        promises: Promises,
+        ledger: Ledger,
+        path: Callable[[int], str],
+        *,
+        check: bool = False,
+        release: bool = False,
+    ) -> None:
+        self.plan = plan
+        self.graph = graph
+        self.promises = promises
+        self.ledger = ledger
+        self.path = path
+        self.check = check
+        self.release = release
+        self._live: dict[int, LiveStep] = {}
+        self._slots: dict[int, list[Tensor | None]] = {}
+        self._metadata: dict[int, list[Any]] = {}
+        self._taken: dict[Edge, Tensor] = {}
+
+    def settle(self, edges: Sequence[Edge]) -> None:
+        """Find a keeper for every promise, those for the values of ``edges`` among them, or raise
+        :class:`BrokenPromiseError` naming each that is broken."""
+        broken: list[str] = []
+        for step in self.plan.steps:
+            if not (step.needs or step.converts or step.balances or step.merged or any(step.scaled) or any(step.booked)):
+                continue
+            live = self._step(step)
+            if live.outer is not None:
+                problem = live.outer.settle_bias()
+                if problem:
+                    broken.append(f"{self._place(step)} absorbs a batch norm: {problem}")
+            for need in step.needs:
+                problem = live.settle(need)
+                if problem and not need.optional:
+                    what = "the output" if need.operand is None else f"operand {need.operand}"
+                    broken.append(f"{type(step.rule).__name__} on {self._place(step)} needs {what}: {problem}")
+            for output in step.converts:
+                problem = self.promises.settle(Edge(step.index, output), step.gated)
+                if problem:
+                    broken.append(f"{type(step.rule).__name__} on {self._place(step)} needs the output: {problem}")
+            for position, edge in enumerate(step.operands):
+                if edge is None:
+                    continue
+                if step.scaled[position]:
+                    problem = self.promises.settle(edge)
+                    if problem:
+                        broken.append(f"{self._place(step)} needs operand {position} as relevance: {problem}")
+                elif step.booked[position] and self.promises.settle(edge):
+                    self._unresolved(step)
+                    live.met.discard(Need(position))
+                elif step.booked[position]:
+                    live.met.add(Need(position))
+            if step.balances:
+                wanted = [OUTPUT] + [Need(i) for i, signal in enumerate(step.signals) if signal]
+                if any(live.settle(Need(need.operand, optional=True)) for need in wanted):
+                    self._unresolved(step)
+                    live.met = {need for need in live.met if not need.optional}
+            if step.fallback:
+                self.ledger.fallbacks.append((step.name, self._path(step)))
+        for edge in edges:
+            problem = self.promises.settle(edge)
+            if problem:
+                name = self.graph.names[edge.node]
+                broken.append(f"the relevance of the tensor made by {name} needs its value: {problem}")
+        if broken:
+            raise BrokenPromiseError(
+                "\n".join(dict.fromkeys(broken)) + "\nexplain() sees frozen parameters and replays more than "
+                "relevance() can; otherwise let the parameters require grad, or name a composite whose rules need "
+                "no activations here ('attnlrp')."
+            )
+
+    def run(self, seed: Tensor, root: Edge, keep: Sequence[Edge]) -> dict[Edge, Tensor]:
+        """Send ``seed`` from ``root``; returns what arrived at each edge of ``keep``, in the edge's gauge."""
+        kept = frozenset(keep)
+        self._slots[root.node] = self._row(root.node)
+        self._slots[root.node][root.output] = seed
+        nodes = self.graph.nodes
+        if root in kept:
+            self._taken[root] = seed
+        for step in self.plan.steps:
+            index = step.index
+            grads = self._slots.pop(index, None)
+            if grads is not None:
+                for output, value in enumerate(grads):
+                    if value is not None and Edge(index, output) in kept:
+                        self._taken[Edge(index, output)] = value
+                self._visit(step, grads)
+            if self.release:
+                self._live.pop(index, None)
+                nodes[index] = None
+        for edge in keep:
+            row = self._slots.get(edge.node)
+            if row is not None and row[edge.output] is not None and edge not in self._taken:
+                value = row[edge.output]
+                assert value is not None
+                self._taken[edge] = value
+        return self._taken
+
+    def _visit(self, step: StepPlan, grads: list[Tensor | None]) -> None:
+        live: LiveStep | None = self._live.get(step.index)
+        node = self.graph.nodes[step.index]
+        for output in step.converts:
+            grads[output] = self._convert(step, output, grads[output])
+        try:
+            if live is None and type(step.rule) is VJP and not hasattr(node, "apply"):
+                results: Any = node(*grads)
+                if not isinstance(results, tuple):
+                    results = (results,)
+            else:
+                live = live or self._step(step)
+                results = step.rule(live, grads)
+        except DynLRPError:
+            raise
+        except Exception as error:
+            raise self._explained(error, step) from error
+        if len(results) != len(step.operands):
+            raise RuleError(
+                f"{type(step.rule).__name__} on {self._place(step)} returned {len(results)} values for "
+                f"{len(step.operands)} operands"
+            )
+        if live is not None and step.balances:
+            self._balance(step, live, grads, results)
+        for position, edge in enumerate(step.operands):
+            value = results[position]
+            if value is None or edge is None or not step.wants[position]:
+                continue
+            self._hand_on(step, live, position, edge, value)
+
+    def _hand_on(self, step: StepPlan, live: LiveStep | None, position: int, edge: Edge, value: Tensor) -> None:
+        metadata = self._metadata.get(edge.node)
+        if metadata is None:
+            metadata = self._metadata[edge.node] = self.graph.nodes[edge.node]._input_metadata
+        expected = metadata[edge.output]
+        if value.shape != expected.shape:
+            value = self._reduce(step, position, value, expected.shape)
+        if value.dtype != expected.dtype:
+            value = (value.real if value.is_complex() and not expected.dtype.is_complex else value).to(expected.dtype)
+        if self.check and not bool(torch.isfinite(value).all()):
+            raise NonFiniteError(
+                f"relevance is not finite first behind operand {position} of {self._place(step)} "
+                f"(rule {type(step.rule).__name__})"
+            )
+        if step.booked[position]:
+            assert live is not None
+            if Need(position) in live.met:
+                account: Account = "parameters" if step.kinds[position] is Kind.PARAMETER else "held back"
+                activation = self.promises.take(edge)
+                live.book(account, value.sum() if step.emits_relevance else dot(value, activation))
+            if not step.observed[position]:
+                return
+        if step.scaled[position]:
+            value = value * self.promises.take(edge)
+        row = self._slots.get(edge.node)
+        if row is None:
+            row = self._slots[edge.node] = [None] * len(metadata)
+        present = row[edge.output]
+        row[edge.output] = value if present is None else present + value
+
+    def _convert(self, step: StepPlan, output: int, value: Tensor | None) -> Tensor | None:
+        """Change the gauge of what arrives at one output."""
+        if value is None:
+            return None
+        activation = self.promises.take(Edge(step.index, output), step.gated)
+        if step.relevance_in:
+            return value * activation
+        multiplier = torch.where(activation == 0, 0.0, value / activation).to(value.dtype)
+        self.ledger.book(
+            "absorbed", step.name, self.graph.nodes[step.index]._sequence_nr(), value.sum() - dot(multiplier, activation)
+        )
+        return multiplier
+
+    def _balance(self, step: StepPlan, live: LiveStep, grads: Grads, results: Sequence[Tensor | None]) -> None:
+        """Book what went in and did not come out, where only the activations tell."""
+        if Need(None, optional=True) not in live.met or grads[0] is None:
+            return
+        amount = dot(grads[0], live.output())
+        for position, signal in enumerate(step.signals):
+            value = results[position]
+            if signal:
+                activation = live.operand(position)
+                if value is not None:
+                    amount = amount - (value * activation).sum()
+        live.book("held back" if step.fallback else "constants", amount)
+
+    def _reduce(self, step: StepPlan, position: int, value: Tensor, shape: torch.Size) -> Tensor:
+        try:
+            return value.sum_to_size(shape)
+        except RuntimeError as error:
+            raise RuleError(
+                f"{type(step.rule).__name__} on {self._place(step)} returned shape {tuple(value.shape)} for operand "
+                f"{position}, which has shape {tuple(shape)}"
+            ) from error
+
+    def _row(self, index: int) -> list[Tensor | None]:
+        return [None] * len(self.graph.nodes[index]._input_metadata)
+
+    def _step(self, step: StepPlan) -> LiveStep:
+        live = self._live.get(step.index)
+        if live is None:
+            live = LiveStep(step, self.graph.nodes[step.index], self.promises, self.ledger)
+            self._live[step.index] = live
+            if step.merged is not None:
+                live.outer = LiveStep(
+                    step.merged, self.graph.nodes[step.merged.index], self.promises, self.ledger
+                )
+        return live
+
+    def _unresolved(self, step: StepPlan) -> None:
+        self.ledger.unresolved.append((step.name, self._path(step)))
+
+    def _path(self, step: StepPlan) -> str:
+        return self.path(self.graph.nodes[step.index]._sequence_nr())
+
+    def _place(self, step: StepPlan) -> str:
+        return f"{step.name} in {self._path(step) or 'the model'}"
+
+    def _explained(self, error: Exception, step: StepPlan) -> DynLRPError:
+        text = str(error)
+        if FREED in text or "backward through the graph a second time" in text:
+            return FreedGraphError(
+                f"the saved tensors of {self._place(step)} are gone: a backward pass freed this graph. Explain before "
+                f"backward(), or call backward(retain_graph=True)."
+            )
+        if "modified by an inplace operation" in text:
+            return BrokenPromiseError(f"a tensor that {self._place(step)} saved was changed in place: {text}")
+        return RuleError(f"{type(step.rule).__name__} failed on {self._place(step)}: {type(error).__name__}: {text}")
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products of two tensors of one shape, at least in float32."""
+    if a.dtype in (torch.float16, torch.bfloat16):
+        a, b = a.float(), b.float()
+    if a.is_complex():
+        return (a * b).sum().real
+    return torch.dot(a.reshape(-1), b.reshape(-1).to(a.dtype))
+
+
+__all__ = ["LEAF", "LiveStep", "Walk", "dot"]

@@ -1,0 +1,94 @@
+"""Sums of two signals: residual connections, biases, differences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynlrp.rules.linear import stabilise
+from dynlrp.rules.operation import OUTPUT, Grads, Need, Operation, Rule, Step, StepShape, register
+
+
+@dataclass(frozen=True)
+class EpsilonSum(Rule):
+    """R_a = a / (z + epsilon sign(z)) R: each summand by its share, with a stabiliser.
+
+    With ``epsilon=0`` it is the VJP, which every sum has without this rule.
+    """
+
+    epsilon: float = 1e-6
+
+    def needs(self, step: StepShape) -> Sequence[Need]:
+        return [OUTPUT]
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        g, z = grads[0], step.output()
+        if g is None:
+            return [None] * len(step.wants)
+        relevance = g * z
+        s = relevance / stabilise(z, self.epsilon)
+        step.book("absorbed", (relevance - s * z).sum())
+        return step.vjp([s])
+
+
+@dataclass(frozen=True)
+class Magnitude(Rule):
+    """R_a = |a| / (|a| + |b|) R: shares by magnitude, whatever the signs  (Lee & Millan Arias 2025).
+
+    A summand that carries no signal takes its share too. Where both are 0 the relevance is absorbed.
+    """
+
+    consumes = "relevance"
+    emits = "relevance"
+
+    def needs(self, step: StepShape) -> Sequence[Need]:
+        return [Need(i) for i, present in enumerate(step.present) if present] if len(step.present) > 1 else []
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        r = grads[0]
+        results: list[Tensor | None] = [None] * len(step.wants)
+        if r is None:
+            return results
+        if not all(step.present) or len(step.present) == 1:
+            return [r if signal else None for signal in step.signals]
+        alpha = step.saved("alpha")
+        sizes = [step.operand(0).abs(), step.operand(1).abs() * abs(alpha)]
+        if step.name.startswith("Rsub"):
+            sizes = [step.operand(0).abs() * abs(alpha), step.operand(1).abs()]
+        whole = sizes[0] + sizes[1]
+        unit = torch.where(whole == 0, 0.0, r / torch.where(whole == 0, 1.0, whole)).to(r.dtype)
+        step.book("absorbed", torch.where(whole == 0, r, 0.0).sum())
+        for position, size in enumerate(sizes):
+            share = size * unit
+            if step.signals[position]:
+                results[position] = share
+            else:
+                step.book("parameters" if step.wants[position] else "constants", share.sum())
+        return results
+
+
+def _add(step: Any, a: Tensor, b: Tensor) -> Tensor:
+    return torch.add(a, b, alpha=step.saved("alpha"))
+
+
+def _sub(step: Any, a: Tensor, b: Tensor) -> Tensor:
+    return torch.sub(a, b, alpha=step.saved("alpha"))
+
+
+def _rsub(step: Any, a: Tensor, b: Tensor) -> Tensor:
+    return torch.rsub(a, b, alpha=step.saved("alpha"))
+
+
+def _missing(facts: Any, present: tuple[bool, ...]) -> bool:
+    return not all(present)
+
+
+register(Operation("AddBackward0", "addition", operands="++", replay=_add, hides=_missing, sign="same"))
+register(Operation("SubBackward0", "addition", operands="++", replay=_sub, hides=_missing))
+register(Operation("RsubBackward0", "addition", operands="++", replay=_rsub, hides=_missing))
+for _name in ("AddBackward1", "SubBackward1", "RsubBackward1"):  # a number is added, and not recorded
+    register(Operation(_name, "addition", operands="+", hides=lambda facts, present: True))

@@ -1,0 +1,101 @@
+"""Softmax and fused scaled-dot-product attention.
+
+AttnLRP (Achtibat et al. 2024) gives softmax its own VJP and shares both matrix products equally. For O = softmax(Q K^T) V
+that is the kernel's own backward with its results scaled: Q / 4, K / 4, V / 2. CP-LRP (Ali et al. 2022) treats the
+attention weights as coefficients: 0, 0, 1. So the fused kernel's backward is called once and memory stays linear in
+the sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynlrp.rules.operation import Grads, Operation, Rule, Step, register
+
+
+@dataclass(frozen=True)
+class Attention(Rule):
+    """The kernel's own backward, scaled per operand.
+
+    ``scores`` is the share of the attention weights in the product with the values (1/2 in AttnLRP, 0 in CP-LRP), and
+    ``query`` the share of the queries in the scores. Where only queries or only keys carry the signal, they take the
+    whole score.
+    """
+
+    scores: float = 0.5
+    query: float = 0.5
+
+    def operands(self, operation: Operation, gate: int | None) -> str:
+        return operation.operands if self.scores else "--" + operation.operands[2:].replace("+", "-")
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        output = grads[0]
+        if output is None:
+            return [None] * len(step.wants)
+        query, key, value = step.signals[:3]
+        scores = self.scores if value and (query or key) else float(not value)
+        both = query and key
+        shares = [
+            scores * (self.query if both else 1.0),
+            scores * (1 - self.query if both else 1.0),
+            1 - scores,
+            scores,
+        ]
+        results: list[Tensor | None] = [None] * len(step.wants)
+        passed = output.sum() * 0
+        for position, m in enumerate(step.vjp(grads)):
+            if m is None or not step.wants[position] or shares[position] == 0:
+                continue
+            results[position] = m * shares[position]
+            saved = step.operation.saved.get(position)
+            if saved is not None and not step.observed[position]:
+                passed = passed + _dot(results[position], step.saved(saved))
+        step.book("offsets", _dot(output, step.saved("output")) - passed)
+        return results
+
+
+def _dot(a: Tensor | None, b: Tensor) -> Tensor:
+    assert a is not None
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return torch.dot(a.reshape(-1).to(dtype), b.detach().reshape(-1).to(dtype))
+
+
+@dataclass(frozen=True)
+class SoftmaxVJP(Rule):
+    """Softmax is a Taylor expansion at the input: m_x = p * (m - sum(m p)); its constant term is booked.
+
+    Rows of m_x sum to zero, so sum(m_x x) = sum(m_x log p), which needs no input and holds for masked scores too.
+    """
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        g = grads[0]
+        if g is None:
+            return [None]
+        (m,) = step.vjp(grads)
+        p = step.saved("result").detach()
+        if m is not None:
+            passed = (m * torch.where(p > 0, p, 1.0).log()).sum()
+            step.book("offsets", _dot(g, p) - passed)
+        return [m]
+
+
+for _name in ("SoftmaxBackward0", "SafeSoftmaxBackward0"):
+    register(
+        Operation(_name, "softmax", rule=SoftmaxVJP(), operands="+", result="result", sign="nonnegative")
+    )
+
+_factors = {0: "query", 1: "key", 2: "value"}
+for _name, _operands in (
+    ("ScaledDotProductFlashAttentionForCpuBackward0", _factors),
+    ("ScaledDotProductFlashAttentionBackward0", _factors),
+    ("ScaledDotProductCudnnAttentionBackward0", _factors),
+    ("ScaledDotProductEfficientAttentionBackward0", {**_factors, 3: "attn_bias"}),
+    ("ScaledDotProductFusedAttentionOverrideableBackward0", {**_factors, 3: "attn_bias"}),
+):
+    register(
+        Operation(_name, "attention", rule=Attention(), operands="***+", saved=_operands, result="output")
+    )

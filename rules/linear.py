@@ -1,0 +1,533 @@
+"""Linear layers: matrix products and convolutions with one factor that carries the signal.
+
+All rules but :class:`Epsilon` with ``epsilon=0`` are sums of terms: a part of the input times modified weights, over a
+stabilised sum of those terms. With ``s = R / stabilise(sum_t x_t W_t + b_t)`` the input gets ``sum_t x_t * (W_t^T s)``
+and the bias ``sum_t b_t * s``. By default the bias is part of the sum and keeps its share (booked in the ledger);
+``bias=False`` leaves it out, which zennit calls ``zero_params="bias"``. The stabiliser is ``z + epsilon * sign(z)``
+with ``sign(0) = 1``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dynlrp.rules.operation import OUTPUT, Gauge, Grads, Need, Operation, Rule, Step, StepShape, register
+from dynlrp.rules.product import Shares
+
+aten: Any = torch.ops.aten
+
+
+class LinearMap(Protocol):
+    """What the rules need of an operation that is linear in its input ``x`` for a fixed weight ``w``."""
+
+    bias: int | None
+    """Operand number of the bias."""
+
+    def input(self, step: StepShape) -> int:
+        """Operand number of the input."""
+
+    def weight(self, step: StepShape) -> int:
+        """Operand number of the weight."""
+
+    def weight_value(self, step: Step) -> Tensor: ...
+
+    def forward(self, step: Step, x: Tensor, w: Tensor) -> Tensor:
+        """The output without bias."""
+
+    def backward(self, step: Step, g: Tensor, w: Tensor) -> Tensor:
+        """The VJP with respect to the input."""
+
+    def weight_backward(self, step: Step, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        """The VJP with respect to the weight."""
+
+    def bias_backward(self, step: Step, g: Tensor) -> Tensor:
+        """The VJP with respect to the bias, up to broadcasting."""
+
+    def bias_value(self, b: Tensor, ndim: int) -> Tensor:
+        """The bias in a shape that broadcasts against the output."""
+
+    def scaled(self, step: Step, w: Tensor, scale: Tensor) -> Tensor:
+        """The weight with every output channel times ``scale``."""
+
+
+class Term(NamedTuple):
+    """``x`` times ``weight`` plus ``bias``; ``mask`` tells which entries of the input the term belongs to."""
+
+    x: Tensor
+    mask: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Group(NamedTuple):
+    """Terms that share a denominator, with the part of the relevance they distribute."""
+
+    terms: tuple[Term, ...]
+    relevance: Tensor
+    denominator: Tensor | None = None
+
+
+def stabilise(z: Tensor, epsilon: float) -> Tensor:
+    """``z + epsilon * sign(z)`` with ``sign(0) = 1``."""
+    return torch.where(z < 0, z - epsilon, z + epsilon)
+
+
+@dataclass(frozen=True)
+class TermRule(Rule):
+    """Base of the rules that are sums of terms."""
+
+    epsilon: float = field(default=1e-6, kw_only=True)
+    bias: bool = field(default=True, kw_only=True)
+
+    consumes = "relevance"
+    merges_norm = True
+
+    def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
+        """The groups of terms for input, weight, bias and the relevance of the output."""
+        raise NotImplementedError
+
+    def needs(self, step: StepShape) -> Sequence[Need]:
+        math = step.operation.math
+        needs = [Need(math.input(step))]
+        if math.bias is not None and self.bias and (step.present[math.bias] or step.hidden):
+            needs.append(Need(math.bias))
+        return needs
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        r, math = grads[0], step.operation.math
+        results: list[Tensor | None] = [None] * len(step.wants)
+        if r is None:
+            return results
+        x = step.operand(math.input(step))
+        w, b = self._parameters(step, r.ndim)
+        passed = torch.zeros((), dtype=r.dtype, device=r.device)
+        for terms, relevance, z in self.groups(step, x, w, b, r):
+            if z is None:
+                z = sum_terms(step, terms)
+            s = relevance / stabilise(z, self.epsilon)
+            passed = passed + (s * z).sum()
+            for term in terms:
+                if step.wants[math.input(step)]:
+                    share = math.backward(step, s, term.weight)
+                    if self.emits == "relevance":
+                        share = share * term.x
+                    elif term.mask is not None:
+                        share = share * term.mask
+                    _add(results, math.input(step), share)
+                if step.wants[math.weight(step)]:
+                    share = math.weight_backward(step, s, term.x, term.weight)
+                    _add(results, math.weight(step), _ratio(term.weight, w) * share)
+                if term.bias is not None and b is not None:
+                    if step.merged is not None:
+                        step.book("parameters", (term.bias * s).sum())
+                    elif step.wants[math.bias]:
+                        share = term.bias if self.emits == "relevance" else _ratio(term.bias, b)
+                        _add(results, math.bias, math.bias_backward(step, share * s))
+        step.book("absorbed", r.sum() - passed)
+        return results
+
+    def _parameters(self, step: Step, ndim: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias, with a following batch norm merged in."""
+        math = step.operation.math
+        w, b = math.weight_value(step), None
+        if self.bias and math.bias is not None and step.present[math.bias]:
+            b = math.bias_value(step.operand(math.bias), ndim)
+        if step.merged is not None:
+            scale, shift = step.merged.operation.math.affine(step.merged)
+            w = math.scaled(step, w, scale)
+            if self.bias:
+                shift = math.bias_value(shift, ndim)
+                b = shift if b is None else b * math.bias_value(scale, ndim) + shift
+        return w, b
+
+
+def sum_terms(step: Step, terms: Sequence[Term]) -> Tensor:
+    """The denominator: all terms with their biases."""
+    z: Tensor | None = None
+    for term in terms:
+        part = step.operation.math.forward(step, term.x, term.weight)
+        part = part if term.bias is None else part + term.bias
+        z = part if z is None else z + part
+    assert z is not None
+    return z
+
+
+def _add(results: list[Tensor | None], position: int, value: Tensor) -> None:
+    present = results[position]
+    results[position] = value if present is None else present + value
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """The multiplier form of a modified parameter: part / whole, 0 where the parameter is 0."""
+    return torch.where(whole == 0, 0.0, part / torch.where(whole == 0, 1.0, whole)).to(whole.dtype)
+
+
+def _signed(step: Step, x: Tensor, favoured: Tensor, other: Tensor, bias: Tensor | None) -> tuple[Term, ...]:
+    """Positive inputs meet the ``favoured`` weights and negative inputs the ``other`` ones."""
+    if step.nonnegative:
+        return (Term(x, None, favoured, bias),)
+    positive = x > 0
+    return (
+        Term(x.clamp(min=0), positive, favoured, bias),
+        Term(x.clamp(max=0), ~positive, other, None),
+    )
+
+
+@dataclass(frozen=True)
+class Epsilon(TermRule):
+    """R_i = sum_j x_i w_ij / (z_j + epsilon sign(z_j)) R_j  (Bach et al. 2015, eq. 58).
+
+    With ``epsilon=0``, the limit, no activation and no division is needed: the multiplier passes by the VJP.
+    """
+
+    epsilon: float = 0.0
+
+    @property
+    def consumes(self) -> Gauge:
+        return "multiplier" if self._limit else "relevance"
+
+    @property
+    def merges_norm(self) -> bool:
+        return not self._limit
+
+    @property
+    def _limit(self) -> bool:
+        return not self.epsilon and self.bias
+
+    def needs(self, step: StepShape) -> Sequence[Need]:
+        if not self._limit:
+            return [*super().needs(step), *([OUTPUT] if self.bias else [])]
+        math = step.operation.math
+        return [Need(math.input(step))] if step.wants[math.weight(step)] else []
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        if not self._limit:
+            return super().__call__(step, grads)
+        g, math = grads[0], step.operation.math
+        results: list[Tensor | None] = [None] * len(step.wants)
+        if g is None:
+            return results
+        w = math.weight_value(step)
+        if step.wants[math.input(step)]:
+            results[math.input(step)] = math.backward(step, g, w)
+        if step.wants[math.weight(step)]:
+            results[math.weight(step)] = math.weight_backward(step, g, step.operand(math.input(step)), w)
+        if math.bias is not None and step.wants[math.bias]:
+            results[math.bias] = math.bias_backward(step, g)
+        return results
+
+    def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
+        return [Group((Term(x, None, w, b),), r, step.output() if self.bias else None)]
+
+
+@dataclass(frozen=True)
+class Gamma(TermRule):
+    """Contributions of the output's own sign count (1 + gamma) times.
+
+    Generalised form (Anders et al. 2021, zennit): for z_j > 0, R_i = sum_j (c_ij + gamma c_ij^+) / sum_i(...) R_j with
+    c_ij = x_i w_ij, and the mirror image for z_j < 0. ``signed=False`` is the original form for nonnegative inputs,
+    R_i = sum_j x_i (w_ij + gamma w_ij^+) / sum_i(...) R_j (Montavon et al. 2019, section 10.2.3).
+    """
+
+    gamma: float = 0.25
+    signed: bool = True
+
+    def needs(self, step: StepShape) -> Sequence[Need]:
+        return [*super().needs(step), *([OUTPUT] if self.signed and not step.gated else [])]
+
+    def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
+        up, up_bias = self._raised(w, 0.0, None), None if b is None else self._raised(b, 0.0, None)
+        if not self.signed:
+            return [Group((Term(x, None, up, up_bias),), r)]
+        down = None if step.nonnegative and step.gated else self._raised(w, None, 0.0)
+        positive = _signed(step, x, up, up if down is None else down, up_bias)
+        if step.gated:
+            return [Group(positive, r)]
+        assert down is not None
+        down_bias = None if b is None else self._raised(b, None, 0.0)
+        negative = _signed(step, x, down, up, down_bias)
+        z = step.output()
+        return [
+            Group(positive, torch.where(z > 0, r, 0.0)),
+            Group(negative, torch.where(z < 0, r, 0.0)),
+        ]
+
+    def _raised(self, w: Tensor, low: float | None, high: float | None) -> Tensor:
+        return w + self.gamma * w.clamp(min=low, max=high)
+
+
+@dataclass(frozen=True)
+class AlphaBeta(TermRule):
+    """R_i = sum_j (alpha c_ij^+ / sum_i c_ij^+ - beta c_ij^- / sum_i c_ij^-) R_j  (Bach et al. 2015, eq. 60),
+    with alpha - beta = 1."""
+
+    alpha: float = 2.0
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0 or self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-12:
+            raise ValueError(f"alpha - beta must be 1 and both nonnegative, not {self.alpha} and {self.beta}")
+
+    def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
+        plus, minus = w.clamp(min=0), w.clamp(max=0)
+        groups = [Group(_signed(step, x, plus, minus, None if b is None else b.clamp(min=0)), self.alpha * r)]
+        if self.beta:
+            groups.append(
+                Group(_signed(step, x, minus, plus, None if b is None else b.clamp(max=0)), -self.beta * r)
+            )
+        return groups
+
+
+@dataclass(frozen=True)
+class ZPlus(TermRule):
+    """R_i = sum_j c_ij^+ / sum_i c_ij^+ R_j  (Montavon et al. 2017): alpha-beta with alpha 1, beta 0."""
+
+    def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
+        bias = None if b is None else b.clamp(min=0)
+        minus = w if step.nonnegative else w.clamp(max=0)
+        return [Group(_signed(step, x, w.clamp(min=0), minus, bias), r)]
+
+
+@dataclass(frozen=True)
+class ZBox(TermRule):
+    """R_i = sum_j (x_i w_ij - l_i w_ij^+ - h_i w_ij^-) / sum_i(...) R_j for inputs in [l, h]  (Montavon et al. 2017).
+
+    ``low`` and ``high`` are numbers; None takes each sample's own minimum and maximum. The bias cancels.
+    """
+
+    low: float | None = None
+    high: float | None = None
+
+    emits = "relevance"
+
+    def needs(self, step: StepShape) -> Sequence[Need]:
+        return [Need(step.operation.math.input(step))]
+
+    def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
+        axes = tuple(range(1, x.ndim))
+        low = x.amin(axes, keepdim=True) if self.low is None else torch.full_like(x, self.low)
+        high = x.amax(axes, keepdim=True) if self.high is None else torch.full_like(x, self.high)
+        return [
+            Group(
+                (
+                    Term(x, None, w, None),
+                    Term(-low.expand_as(x), None, w.clamp(min=0), None),
+                    Term(-high.expand_as(x), None, w.clamp(max=0), None),
+                ),
+                r,
+            )
+        ]
+
+    def _parameters(self, step: Step, ndim: int) -> tuple[Tensor, Tensor | None]:
+        math, merged = step.operation.math, step.merged
+        w = math.weight_value(step)
+        if merged is not None:
+            w = math.scaled(step, w, merged.operation.math.affine(merged)[0])
+        return w, None
+
+
+@dataclass(frozen=True)
+class WSquare(TermRule):
+    """R_i = sum_j w_ij^2 / sum_i w_ij^2 R_j  (Montavon et al. 2017); the squared bias takes part as in zennit."""
+
+    emits = "relevance"
+
+    def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
+        bias = None if b is None else b.square()
+        return [Group((Term(torch.ones_like(x), None, w.square(), bias),), r)]
+
+
+@dataclass(frozen=True)
+class Flat(TermRule):
+    """R_i = sum_j 1 / n_j R_j over the n_j inputs of output j, whatever their values  (Lapuschkin et al. 2019).
+
+    The bias never takes part, unless ``bias=True`` counts it as one more input.
+    """
+
+    bias: bool = field(default=False, kw_only=True)
+
+    emits = "relevance"
+
+    def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
+        bias = None if b is None else torch.ones_like(b)
+        return [Group((Term(torch.ones_like(x), None, torch.ones_like(w), bias),), r)]
+
+
+@dataclass(frozen=True)
+class Pass(Rule):
+    """R_i = R_i: relevance goes on unchanged through an operation that keeps the shape."""
+
+    consumes = "relevance"
+    emits = "relevance"
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        return [grads[0] if signal else None for signal in step.signals]
+
+
+class MatrixProduct:
+    """``mm``, ``bmm`` and their relatives with an added bias: operands ``first`` and ``first + 1`` are the factors."""
+
+    def __init__(self, names: tuple[str, str], bias: int | None = None) -> None:
+        self.names = names
+        self.bias = bias
+        self.first = 0 if bias is None else 1
+
+    def input(self, step: StepShape) -> int:
+        return self.first if step.signals[self.first] else self.first + 1
+
+    def weight(self, step: StepShape) -> int:
+        return self.first + 1 if step.signals[self.first] else self.first
+
+    def weight_value(self, step: Step) -> Tensor:
+        """The weight times ``alpha``."""
+        w: Tensor = step.saved(self.names[self.weight(step) - self.first]).detach()
+        alpha = 1 if self.bias is None else step.saved("alpha")
+        return w if alpha == 1 else w * alpha
+
+    def forward(self, step: Step, x: Tensor, w: Tensor) -> Tensor:
+        return x @ w if self.input(step) == self.first else w @ x
+
+    def backward(self, step: Step, g: Tensor, w: Tensor) -> Tensor:
+        return g @ w.mH if self.input(step) == self.first else w.mH @ g
+
+    def weight_backward(self, step: Step, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        alpha = 1 if self.bias is None else step.saved("alpha")
+        m = x.mH @ g if self.input(step) == self.first else g @ x.mH
+        return m if alpha == 1 else m * alpha
+
+    def bias_backward(self, step: Step, g: Tensor) -> Tensor:
+        beta = step.saved("beta")
+        return g if beta == 1 else g * beta
+
+    def bias_value(self, b: Tensor, ndim: int) -> Tensor:
+        return b
+
+    def scaled(self, step: Step, w: Tensor, scale: Tensor) -> Tensor:
+        return w * scale if self.input(step) == self.first else w * scale.unsqueeze(-1)
+
+    def partial(self, step: Step, g: Tensor, position: int) -> Tensor:
+        """The VJP with respect to one of the two factors."""
+        if self.bias is not None and step.saved("alpha") != 1:
+            g = g * step.saved("alpha")
+        if position == self.first:
+            return g @ step.operand(self.first + 1).mH
+        return step.operand(self.first).mH @ g
+
+    def replay(self, step: Any, *values: Tensor | None) -> Tensor:
+        factors = [
+            step.saved(name).detach() if value is None else value
+            for name, value in zip(self.names, values[self.first :], strict=True)
+        ]
+        z = factors[0] @ factors[1]
+        if self.bias is None:
+            return z
+        added = values[0]
+        assert added is not None
+        return added * step.saved("beta") + z * step.saved("alpha")
+
+
+class Convolution:
+    """Convolutions of any dimension, transposed or not."""
+
+    bias: int | None = 2
+
+    def input(self, step: StepShape) -> int:
+        return 0 if step.signals[0] else 1
+
+    def weight(self, step: StepShape) -> int:
+        return 1 if step.signals[0] else 0
+
+    def weight_value(self, step: Step) -> Tensor:
+        w: Tensor = step.saved("weight" if step.signals[0] else "input").detach()
+        return w
+
+    def _settings(self, step: Any) -> tuple[Any, ...]:
+        return tuple(
+            step.saved(name) for name in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+        )
+
+    def forward(self, step: Step, x: Tensor, w: Tensor) -> Tensor:
+        x, w = (x, w) if step.signals[0] else (w, x)
+        z: Tensor = aten.convolution(x, w, None, *self._settings(step))
+        return z
+
+    def backward(self, step: Step, g: Tensor, w: Tensor) -> Tensor:
+        if step.signals[0]:
+            return self._backward(step, g, step.saved("input").detach(), w, 0)
+        return self._backward(step, g, w, step.saved("weight").detach(), 1)
+
+    def weight_backward(self, step: Step, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        return self._backward(step, g, *((x, w, 1) if step.signals[0] else (w, x, 0)))
+
+    def _backward(self, step: Step, g: Tensor, x: Tensor, w: Tensor, position: int) -> Tensor:
+        mask = [position == 0, position == 1, False]
+        m: Tensor = aten.convolution_backward(g, x, w, None, *self._settings(step), mask)[position]
+        return m
+
+    def bias_backward(self, step: Step, g: Tensor) -> Tensor:
+        return g.sum((0, *range(2, g.ndim)))
+
+    def bias_value(self, b: Tensor, ndim: int) -> Tensor:
+        return b.reshape(-1, *[1] * (ndim - 2))
+
+    def scaled(self, step: Step, w: Tensor, scale: Tensor) -> Tensor:
+        if not step.saved("transposed"):
+            return w * scale.reshape(-1, *[1] * (w.ndim - 1))
+        groups = step.saved("groups")
+        split = w.reshape(groups, w.shape[0] // groups, *w.shape[1:])
+        return (split * scale.reshape(groups, 1, w.shape[1], *[1] * (w.ndim - 2))).reshape(w.shape)
+
+    def partial(self, step: Step, g: Tensor, position: int) -> Tensor:
+        """The VJP with respect to input or weight, where both carry the signal."""
+        return self._backward(step, g, step.saved("input").detach(), step.saved("weight").detach(), position)
+
+    def replay(self, step: Any, x: Tensor | None, w: Tensor | None, b: Tensor | None) -> Tensor:
+        x = step.saved("input").detach() if x is None else x
+        w = step.saved("weight").detach() if w is None else w
+        z: Tensor = aten.convolution(x, w, b, *self._settings(step))
+        return z
+
+
+def _matrix_product(name: str, names: tuple[str, str], bias: int | None = None) -> None:
+    math = MatrixProduct(names, bias)
+    first = math.first
+    register(
+        Operation(
+            name,
+            "dense",
+            rule=Epsilon(),
+            operands="**" if bias is None else "+**",
+            saved={first: names[0], first + 1: names[1]},
+            replay=math.replay,
+            hides=None if bias is None else lambda facts, present: not present[0],
+            bilinear=Shares(),
+            math=math,
+        )
+    )
+
+
+_matrix_product("MmBackward0", ("self", "mat2"))
+_matrix_product("BmmBackward0", ("self", "mat2"))
+_matrix_product("AddmmBackward0", ("mat1", "mat2"), bias=0)
+_matrix_product("BaddbmmBackward0", ("batch1", "batch2"), bias=0)
+
+_convolution = Convolution()
+register(
+    Operation(
+        "ConvolutionBackward0",
+        "convolution",
+        rule=Epsilon(),
+        operands="**+",
+        saved={0: "input", 1: "weight"},
+        replay=_convolution.replay,
+        facts=lambda node: bool(node._saved_bias_sym_sizes_opt) and node._saved_bias_sym_sizes_opt[0] > 0,
+        hides=lambda biased, present: bool(biased) and not present[2],
+        bilinear=Shares(),
+        math=_convolution,
+    )
+)

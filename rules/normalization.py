@@ -1,0 +1,191 @@
+"""Normalisation: the statistic that divides is a constant, the rest stays linear.
+
+Layer norm y = (x - mean(x)) * rstd * w + b passes m_x = rstd * (m w - mean(m w)): the mean is linear and takes part,
+rstd does not (Ali et al. 2022; Achtibat et al. 2024, section 3.3.3). RMS norm written out needs no rule of its own, as
+rsqrt makes a coefficient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynlrp.rules.operation import Grads, Operation, Rule, Step, register
+
+@dataclass(frozen=True)
+class Statistic(Rule):
+    """Linear in the input for fixed statistics; the bias takes its share."""
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        g = grads[0]
+        results: list[Tensor | None] = [None] * len(step.wants)
+        if g is None:
+            return results
+        results[0] = step.operation.math.backward(step, g)
+        if step.wants[1]:
+            results[1] = step.operation.math.weight_backward(step, g)
+        if step.wants[2]:
+            results[2] = step.operation.math.bias_backward(step, g)
+        return results
+
+
+class LayerNorm:
+    """The last dimensions of each sample."""
+
+    def _axes(self, step: Any) -> tuple[int, ...]:
+        return tuple(range(-len(step.saved("normalized_shape")), 0))
+
+    def backward(self, step: Step, g: Tensor) -> Tensor:
+        weight, bias = step.saved("weight"), step.saved("bias")
+        if bias is not None and not step.present[2]:
+            step.book("constants", (g * bias.detach()).sum())
+        if weight is not None:
+            g = g * weight.detach()
+        return (g - g.mean(self._axes(step), keepdim=True)) * step.saved("result2").detach()
+
+    def normalised(self, step: Any) -> Tensor:
+        x: Tensor = step.saved("input").detach()
+        return (x - step.saved("result1").detach()) * step.saved("result2").detach()
+
+    def weight_backward(self, step: Step, g: Tensor) -> Tensor:
+        return (g * self.normalised(step)).sum_to_size(step.saved("weight").shape)
+
+    def bias_backward(self, step: Step, g: Tensor) -> Tensor:
+        return g
+
+    def replay(self, step: Any, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        y = self.normalised(step)
+        weight, bias = step.saved("weight"), step.saved("bias")
+        y = y if weight is None else y * weight.detach()
+        return y if bias is None else y + bias.detach()
+
+
+class BatchNorm:
+    """Per channel over batch and space: running statistics, or those of the batch."""
+
+    def _column(self, v: Tensor, ndim: int) -> Tensor:
+        return v.detach().reshape(1, -1, *[1] * (ndim - 2))
+
+    def _statistics(self, step: Any) -> tuple[Tensor, Tensor]:
+        if step.saved("training"):
+            return step.saved("result1").detach(), step.saved("result2").detach()
+        return (
+            step.saved("running_mean").detach(),
+            torch.rsqrt(step.saved("running_var").detach() + step.saved("eps")),
+        )
+
+    def _scale(self, step: Any) -> Tensor:
+        weight, rstd = step.saved("weight"), self._statistics(step)[1]
+        return rstd if weight is None else rstd * weight.detach()
+
+    def affine(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Scale and shift of the equivalent affine map per channel."""
+        scale = self._scale(step)
+        shift = -self._statistics(step)[0] * scale
+        return scale, shift + step.operand(2) if step.present[2] else shift
+
+    def backward(self, step: Step, g: Tensor) -> Tensor:
+        scale = self._scale(step)
+        m = g * self._column(scale, g.ndim)
+        axes = (0, *range(2, g.ndim))
+        if step.saved("training"):
+            return m - m.mean(axes, keepdim=True)
+        step.book("constants", -(g.sum(axes) * scale * self._statistics(step)[0]).sum())
+        return m
+
+    def weight_backward(self, step: Step, g: Tensor) -> Tensor:
+        mean, rstd = self._statistics(step)
+        x = (step.saved("input").detach() - self._column(mean, g.ndim)) * self._column(rstd, g.ndim)
+        return (g * x).sum((0, *range(2, g.ndim)))
+
+    def bias_backward(self, step: Step, g: Tensor) -> Tensor:
+        return g.sum((0, *range(2, g.ndim)))
+
+    def replay(self, step: Any, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        mean, _ = self._statistics(step)
+        y = (x - self._column(mean, x.ndim)) * self._column(self._scale(step), x.ndim)
+        return y if b is None else y + self._column(b, x.ndim)
+
+
+class GroupNorm:
+    """Groups of channels of each sample."""
+
+    def _grouped(self, step: Any, v: Tensor) -> Tensor:
+        return v.reshape(step.saved("N"), step.saved("group"), -1)
+
+    def _column(self, v: Tensor, ndim: int) -> Tensor:
+        return v.detach().reshape(1, -1, *[1] * (ndim - 2))
+
+    def backward(self, step: Step, g: Tensor) -> Tensor:
+        weight = step.saved("weight")
+        if weight is not None:
+            g = g * self._column(weight, g.ndim)
+        m = self._grouped(step, g)
+        m = (m - m.mean(-1, keepdim=True)) * step.saved("result2").detach().unsqueeze(-1)
+        return m.reshape(g.shape)
+
+    def normalised(self, step: Any) -> Tensor:
+        x = step.saved("input").detach()
+        y = self._grouped(step, x) - step.saved("result1").detach().unsqueeze(-1)
+        return (y * step.saved("result2").detach().unsqueeze(-1)).reshape(x.shape)
+
+    def weight_backward(self, step: Step, g: Tensor) -> Tensor:
+        return (g * self.normalised(step)).sum((0, *range(2, g.ndim)))
+
+    def bias_backward(self, step: Step, g: Tensor) -> Tensor:
+        return g.sum((0, *range(2, g.ndim)))
+
+    def replay(self, step: Any, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        y, weight = self.normalised(step), step.saved("weight")
+        y = y if weight is None else y * self._column(weight, y.ndim)
+        return y if b is None else y + self._column(b, y.ndim)
+
+
+def _loses_bias(weighted: Any, present: tuple[bool, ...]) -> bool:
+    return bool(weighted) and not present[2]
+
+
+_layer, _batch, _group = LayerNorm(), BatchNorm(), GroupNorm()
+register(
+    Operation(
+        "NativeLayerNormBackward0",
+        "normalization",
+        rule=Statistic(),
+        operands="+*+",
+        saved={0: "input", 2: "bias"},
+        replay=_layer.replay,
+        math=_layer,
+    )
+)
+for _name in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0"):
+    register(
+        Operation(
+            _name,
+            "normalization",
+            rule=Statistic(),
+            operands="+*+",
+            saved={0: "input"},
+            facts=lambda node: (node._saved_training, node._saved_weight is not None),
+            hides=lambda facts, present: facts[1] and not present[2],
+            replay=_batch.replay,
+            affine=lambda facts: not facts[0],
+            math=_batch,
+        )
+    )
+register(
+    Operation(
+        "NativeGroupNormBackward0",
+        "normalization",
+        rule=Statistic(),
+        operands="+*+",
+        saved={0: "input"},
+        facts=lambda node: node._saved_weight is not None,
+        hides=_loses_bias,
+        replay=_group.replay,
+        math=_group,
+    )
+)

@@ -1,0 +1,233 @@
+"""What an operation is, what a rule is, and the one registry that joins them by exact node name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+Grads = Sequence[Tensor | None]
+Gauge = Literal["multiplier", "relevance"]
+Sign = Literal["", "nonnegative", "same"]
+Account = Literal["inputs", "parameters", "constants", "offsets", "absorbed", "held back"]
+
+
+class Need(NamedTuple):
+    """An activation a rule asks for: the value of an operand, or of output 0 (``operand=None``).
+
+    An *optional* need serves the ledger alone: where it cannot be met, the ledger names the operation instead.
+    """
+
+    operand: int | None
+    optional: bool = False
+
+
+OUTPUT = Need(None)
+
+
+class Step(Protocol):
+    """What a rule sees of one graph node while relevance passes through it."""
+
+    operation: Operation
+    wants: tuple[bool, ...]
+    """For each operand: does anything need what the rule returns for it."""
+    observed: tuple[bool, ...]
+    """For each operand: is it a weight whose own relevance was asked for."""
+    signals: tuple[bool, ...]
+    """For each operand: does relevance travel on through it towards the inputs."""
+    present: tuple[bool, ...]
+    """For each operand: is there an edge at all (False: a constant that autograd did not record)."""
+    nonnegative: bool
+    """The carried operand is known to have no negative entries (after relu, softmax, sigmoid ...)."""
+    gated: bool
+    """Every consumer is a relu, so relevance is zero wherever the output is not positive."""
+    merged: Step | None
+    """The batch norm that a linear operation absorbed."""
+
+    def saved(self, name: str) -> Any:
+        """What autograd saved under ``name``."""
+
+    def operand(self, index: int) -> Tensor:
+        """The promised value of an operand."""
+
+    def output(self) -> Tensor:
+        """The promised value of output 0, exact wherever its relevance is not zero."""
+
+    def has(self, need: Need) -> bool:
+        """Whether an optional need was met."""
+
+    def book(self, account: Account, amount: Tensor) -> None:
+        """Enter relevance (a 0-d tensor) that leaves the graph here into the ledger."""
+
+    def vjp(self, grads: Grads) -> Sequence[Tensor | None]:
+        """The operation's own vector-Jacobian product, one entry per operand."""
+
+
+class Rule:
+    """How relevance passes one operation. Subclasses are frozen dataclasses, so that a composite is plain data."""
+
+    @property
+    def consumes(self) -> Gauge:
+        """Gauge of what the rule is given for each output."""
+        return "multiplier"
+
+    @property
+    def emits(self) -> Gauge:
+        """Gauge of what it returns for each operand."""
+        return "multiplier"
+
+    @property
+    def merges_norm(self) -> bool:
+        """Take a batch norm that follows into the weights (linear rules that are not linear in the weights)."""
+        return False
+
+    def operands(self, operation: Operation, gate: int | None) -> str:
+        """The operand letters under this rule; see :class:`Operation`. ``gate`` is the operand that gates a product."""
+        return operation.operands
+
+    def needs(self, step: StepShape) -> Sequence[Need]:
+        """The activations the rule will ask for."""
+        return ()
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        """Relevance of the operands (one entry each, None for nothing) from that of the outputs."""
+        raise NotImplementedError
+
+
+class StepShape(Protocol):
+    """What is known of a node before any tensor is looked at."""
+
+    operation: Operation
+    wants: tuple[bool, ...]
+    signals: tuple[bool, ...]
+    present: tuple[bool, ...]
+    hidden: bool
+    nonnegative: bool
+    gated: bool
+
+
+@dataclass(frozen=True)
+class VJP(Rule):
+    """Linear and piecewise linear operations: the vector-Jacobian product *is* the rule."""
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        return step.vjp(grads)
+
+
+@dataclass(frozen=True)
+class Gradient(Rule):
+    """The plain derivative, also where that conserves nothing: gradient x input, and the caller's fallback."""
+
+    def operands(self, operation: Operation, gate: int | None) -> str:
+        return operation.operands.replace("-", "*")
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        return step.vjp(grads)
+
+
+@dataclass(frozen=True)
+class Hold(Rule):
+    """The operation's output is a coefficient: no relevance passes (CP-LRP's attention weights, statistics)."""
+
+    def operands(self, operation: Operation, gate: int | None) -> str:
+        return "-" * len(operation.operands) if operation.operands else "-"
+
+
+Replay = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One autograd node type.
+
+    ``operands`` has a letter per operand: ``+`` the operation is additive in it (its relevance is followed, or
+    booked where it ends in a parameter), ``*`` a factor of a product (followed where it carries the signal, else a
+    coefficient), ``-`` always a coefficient. An empty string means ``+`` for all. The last letter repeats.
+    """
+
+    name: str
+    family: str
+    rule: Rule = VJP()
+    operands: str = ""
+    result: str | None = None
+    """Saved attribute that holds output 0."""
+    saved: Mapping[int, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Saved attributes that hold operands."""
+    replay: Replay | None = None
+    """``replay(step, *operand values)`` recomputes output 0."""
+    copies: bool = False
+    """Every output element is one input element (views, slices, concatenation), so both gauges pass by the VJP."""
+    facts: Callable[[Any], Hashable] | None = None
+    """Reads from a node what a plan must know beyond its name; passed to the callables below."""
+    sign: Sign | Callable[[Any], Sign] = ""
+    """Whether the output is never negative, or only where an operand is."""
+    gates: bool | Callable[[Any], bool] = False
+    """Nothing passes where the operand is not positive (relu); a saved result may then stand for the operand."""
+    hides: Callable[[Any, tuple[bool, ...]], bool] | None = None
+    """``hides(facts, present operands)``: does a constant that autograd did not record add to the output."""
+    bilinear: Rule | None = None
+    """The rule where both factors depend on the inputs (the family is then ``product``)."""
+    affine: Callable[[Any], bool] | None = None
+    """``affine(facts)``: a norm with fixed statistics, which a linear operation before it can absorb."""
+    math: Any = None
+    """What the rules of this family need to know (a linear map, a function with its value at zero ...)."""
+
+    def letter(self, index: int, operands: str | None = None) -> str:
+        letters = self.operands if operands is None else operands
+        return letters[min(index, len(letters) - 1)] if letters else "+"
+
+
+REGISTRY: dict[str, Operation] = {}
+
+
+def register(operation: Operation) -> Operation:
+    """Enter an operation; a later entry of the same name replaces the earlier one."""
+    REGISTRY[operation.name] = operation
+    return operation
+
+
+def linear_operation(*names: str, family: str = "linear map", **traits: Any) -> None:
+    """Declare node types whose VJP is their rule: linear (or piecewise linear through zero) in every operand."""
+    for name in names:
+        register(Operation(name, family, **traits))
+
+
+def rule(
+    *names: str, family: str = "custom", needs: Sequence[Need] = (), **traits: Any
+) -> Callable[[Callable[[Step, Grads], Sequence[Tensor | None]]], Callable[[Step, Grads], Sequence[Tensor | None]]]:
+    """Decorator: use ``function(step, multipliers)`` for these node types (also ``torch.autograd.Function`` nodes).
+
+    It gets one multiplier per output and returns one per operand.
+    """
+
+    def enter(
+        function: Callable[[Step, Grads], Sequence[Tensor | None]],
+    ) -> Callable[[Step, Grads], Sequence[Tensor | None]]:
+        for name in names:
+            register(Operation(name, family, rule=FunctionRule(function, tuple(needs)), **traits))
+        return function
+
+    return enter
+
+
+@dataclass(frozen=True)
+class FunctionRule(Rule):
+    """A plain function as a rule."""
+
+    function: Callable[[Step, Grads], Sequence[Tensor | None]]
+    wanted: tuple[Need, ...] = ()
+
+    def needs(self, step: StepShape) -> Sequence[Need]:
+        return self.wanted
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        return self.function(step, grads)
+
+
+__all__ = [
+    "OUTPUT", "REGISTRY", "Account", "Gauge", "Gradient", "Grads", "Hold", "Need", "Operation", "Rule", "Step", "StepShape",
+    "VJP", "linear_operation", "register", "replace", "rule",
+]  # fmt: skip

@@ -1,0 +1,117 @@
+"""Products of two signals (gates, attention written out) and quotients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dynlrp.rules.operation import Grads, Need, Operation, Rule, Step, StepShape, register
+
+
+@dataclass(frozen=True)
+class Shares(Rule):
+    """A product of two signals passes each its VJP times its share; with one signal the other is a coefficient and
+    the signal takes all. Equal shares are AttnLRP's uniform rule (Achtibat et al. 2024, eq. 8 and proposition 3.3).
+    """
+
+    left: float = 0.5
+    right: float = 0.5
+
+    def needs(self, step: StepShape) -> Sequence[Need]:
+        first, second = self._factors(step)
+        return [Need(other) for one, other in ((first, second), (second, first)) if step.wants[one]]
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        g = grads[0]
+        results: list[Tensor | None] = [None] * len(step.wants)
+        if g is None:
+            return results
+        math = step.operation.math
+        first, second = self._factors(step)
+        both = step.signals[first] and step.signals[second]
+        for position, share in ((first, self.left), (second, self.right)):
+            if step.wants[position]:
+                m = math.partial(step, g, position)
+                split = both and share != 1 and step.signals[position]
+                results[position] = m * share if split else m
+        if first == 1 and step.wants[0]:
+            results[0] = math.bias_backward(step, g)
+        return results
+
+    def _factors(self, step: StepShape) -> tuple[int, int]:
+        first = step.operation.operands.index("*")
+        return first, first + 1
+
+
+@dataclass(frozen=True)
+class Ungated(Shares):
+    """The gate of a product is a coefficient and the other factor takes all.
+
+    For a tensor that gates itself, ``x * g(x)``, this is the secant of the whole function, so that an activation
+    written out is explained like its fused form. For gates of other signals it is CP-LRP's treatment.
+    """
+
+    def operands(self, operation: Operation, gate: int | None) -> str:
+        return operation.operands if gate is None else "-*" if gate == 0 else "*-"
+
+
+class Elementwise:
+    """``mul``: either factor is the other's derivative."""
+
+    def partial(self, step: Step, g: Tensor, position: int) -> Tensor:
+        return g * step.operand(1 - position)
+
+
+@dataclass(frozen=True)
+class Numerator(Rule):
+    """x / y is linear in x, and y (a norm, a standard deviation, a sum) is a coefficient."""
+
+    def needs(self, step: StepShape) -> Sequence[Need]:
+        return [Need(1)]
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        g = grads[0]
+        return (None, None) if g is None else (g / step.operand(1), None)
+
+
+def _operands(step: Any, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (
+        step.saved("self").detach() if left is None else left,
+        step.saved("other").detach() if right is None else right,
+    )
+
+
+def _multiply(step: Any, left: Tensor | None, right: Tensor | None) -> Tensor:
+    a, b = _operands(step, left, right)
+    return a * b
+
+
+def _divide(step: Any, left: Tensor | None, right: Tensor | None) -> Tensor:
+    a, b = _operands(step, left, right)
+    return a / b
+
+
+register(
+    Operation(
+        "MulBackward0",
+        "product",
+        rule=Shares(),
+        operands="**",
+        saved={0: "self", 1: "other"},
+        replay=_multiply,
+        math=Elementwise(),
+    )
+)
+register(
+    Operation(
+        "DivBackward0",
+        "quotient",
+        rule=Numerator(),
+        operands="*-",
+        saved={0: "self", 1: "other"},
+        replay=_divide,
+    )
+)
