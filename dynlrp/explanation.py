@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from dynlrp.errors import InputError
 from dynlrp.ledger import Ledger
 from dynlrp.promise import PromiseReport
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(repr=False)
@@ -36,8 +41,9 @@ class Explanation:
 
     def finite(self) -> bool:
         """Whether no relevance is NaN or infinite."""
-        values = [*self.tensors(), self.value]
-        return bool(torch.stack([torch.isfinite(v).all() for v in values]).all())
+        tensors = [*self.tensors(), self.value]
+        total = sum(tensors[i].sum() for i in range(len(tensors)))
+        return bool(torch.isfinite(torch.as_tensor(total))) or all(bool(torch.isfinite(t).all()) for t in tensors)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python numbers and lists, ready for JSON."""
@@ -68,8 +74,93 @@ class Explanation:
             },
         }
 
-    def save(self, path: str | Path, **options: Any) -> None:
-        raise NotImplementedError
+    def plot(
+        self,
+        *,
+        sample: int = 0,
+        image: Any = None,
+        tokens: Sequence[str] | None = None,
+        values: Any = None,
+        entry: str | int | None = None,
+        title: str | None = None,
+    ) -> Figure:
+        """One sample's relevance as a matplotlib figure (needs ``dynlrp[plot]``).
+
+        Args:
+            sample: number in the batch.
+            image: the photo to show beside an image's heatmap, ``(C, H, W)`` or ``(H, W, C)``.
+            tokens: one text per id, for token relevance.
+            values: the signal, for relevance along one dimension.
+            entry: which input, by name or position; by default the first that has relevance.
+            title: a line above the picture.
+        """
+        return self._panel(sample, image, tokens, values, entry, title, text=False)
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        sample: int | None = None,
+        image: Any = None,
+        tokens: Sequence[Any] | None = None,
+        values: Any = None,
+        entry: str | int | None = None,
+        title: str = "Relevance",
+    ) -> Path:
+        """Write a picture (``.png``) or a self-contained page with the ledger (``.html``); returns the path.
+
+        Arguments are those of :meth:`plot`. ``sample=None`` shows the whole batch; ``image``, ``tokens`` and
+        ``values`` then hold one entry per sample (for a batch of one, the entry itself will do).
+        """
+        from dynlrp import plot
+
+        if sample is None and len(self._entry(entry)) == 1:
+            sample = 0
+            image, values = (v[0] if isinstance(v, Tensor) and v.ndim == 4 else v for v in (image, values))
+            tokens = tokens[0] if tokens and not isinstance(tokens[0], str) else tokens
+        numbers = range(len(self._entry(entry))) if sample is None else [sample]
+
+        def of(given: Any, number: int) -> Any:
+            return given if given is None or sample is not None else given[number]
+
+        panels = [
+            self._panel(n, of(image, n), of(tokens, n), of(values, n), entry, None, text=True) for n in numbers
+        ]
+        return plot.save(
+            path,
+            *panels,
+            title=title,
+            facts={
+                "value": ", ".join(f"{self.value[n].item():.4g}" for n in numbers),
+                "composite": self.composite,
+                "ledger": "closes" if self.ledger.closes else "does not close",
+            },
+            ledger=self.ledger.accounts,
+            output=self.ledger.output,
+        )
+
+    def _entry(self, entry: str | int | None) -> Tensor:
+        found = self.relevance if entry is None or isinstance(self.relevance, Tensor) else self.relevance[entry]
+        tensor = next((t for t in pytree.tree_leaves(found) if isinstance(t, Tensor)), None)
+        if tensor is None:
+            raise InputError(f"no relevance to show in {'the inputs' if entry is None else repr(entry)}")
+        return tensor
+
+    def _panel(
+        self, sample: int, image: Any, tokens: Any, values: Any, entry: Any, title: str | None, *, text: bool
+    ) -> Any:
+        from dynlrp import plot
+
+        relevance = self._entry(entry)[sample]
+        if tokens is not None:
+            if relevance.ndim > 1:
+                relevance = relevance.flatten(1).sum(1)
+            if text:
+                return plot.Tokens(tokens, relevance, title)
+            return plot.tokens_figure(tokens, relevance, title=title)
+        if relevance.ndim >= 3 or (relevance.ndim == 2 and image is not None):
+            return plot.heatmap(relevance, image, title=title)
+        return plot.series(relevance, values, title=title)
 
     def __repr__(self) -> str:
         def shape(value: Any) -> str:

