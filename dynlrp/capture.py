@@ -134,10 +134,38 @@ class Aliases(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def frozen_parameters(model: Any) -> dict[str, nn.Parameter]:
+def survey(model: Any, allow_training: bool) -> bool:
+    """Look over the modules once. Returns whether any parameter is frozen; raises for what cannot be explained:
+    compiled modules, active dropout, batch statistics."""
+    if hasattr(model, "_orig_mod") or hasattr(model, "_torchdynamo_orig_callable"):
+        raise CompiledModuleError(
+            "this module went through torch.compile, so its graph is one opaque node: explain the original, "
+            "model._orig_mod, which shares its weights"
+        )
+    if not isinstance(model, nn.Module):
+        return False
+    active: list[nn.Module] = []
+    frozen = False
+    for module in _modules(model):
+        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+            raise CompiledModuleError(
+                f"{type(module).__name__} in this model went through torch.compile, so its graph is one opaque node: "
+                f"explain the model without compiling that part"
+            )
+        if module.training and not allow_training and _is_random(module):
+            active.append(module)
+        frozen = frozen or not all(p is None or p.requires_grad for p in module._parameters.values())
+    if active:
+        names = {id(module): name or "the model" for name, module in model.named_modules()}
+        raise TrainingModeError(
+            f"in training mode: {', '.join(names[id(m)] for m in active[:5])}{' ...' if len(active) > 5 else ''}. "
+            f"Call model.eval() before explaining, or pass allow_training=True to explain one random draw."
+        )
+    return frozen
+
+
+def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters without ``requires_grad`` that could have it, by name."""
-    if not isinstance(model, nn.Module) or all(p.requires_grad for p in model.parameters()):
-        return {}
     return {
         name: p
         for name, p in model.named_parameters()
@@ -145,41 +173,23 @@ def frozen_parameters(model: Any) -> dict[str, nn.Parameter]:
     }
 
 
-def refuse_compiled(model: Any) -> None:
-    """Raise for ``torch.compile``d modules and functions."""
-    if hasattr(model, "_orig_mod") or hasattr(model, "_torchdynamo_orig_callable"):
-        raise CompiledModuleError(
-            "this module went through torch.compile, so its graph is one opaque node: explain the original, "
-            "model._orig_mod, which shares its weights"
-        )
-    if isinstance(model, nn.Module):
-        for module in model.modules():
-            if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
-                raise CompiledModuleError(
-                    f"{type(module).__name__} in this model went through torch.compile, so its graph is one opaque "
-                    f"node: explain the model without compiling that part"
-                )
+def _is_random(module: nn.Module) -> bool:
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    dropout = getattr(module, "dropout", None)
+    return isinstance(module, _NormBase) or (isinstance(dropout, float) and dropout > 0)
 
 
-def refuse_training(model: Any) -> None:
-    """Raise where dropout or batch statistics are active."""
-    if not isinstance(model, nn.Module):
-        return
-    active = [
-        name or type(module).__name__
-        for name, module in model.named_modules()
-        if module.training
-        and (
-            (isinstance(module, _DropoutNd) and module.p > 0)
-            or isinstance(module, _NormBase)
-            or getattr(module, "dropout", 0.0).__class__ is float and module.dropout > 0
-        )
-    ]
-    if active:
-        raise TrainingModeError(
-            f"in training mode: {', '.join(active[:5])}{' ...' if len(active) > 5 else ''}. Call model.eval() before "
-            f"explaining, or pass allow_training=True to explain one random draw."
-        )
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules, without the cost of their names."""
+    stack, seen = [model], {model}
+    while stack:
+        module = stack.pop()
+        yield module
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
 
 
 @contextmanager
@@ -198,10 +208,14 @@ def same_state(model: Any, allow_training: bool) -> Iterator[None]:
         drawn = not torch.equal(before, torch.get_rng_state()) or any(
             not torch.equal(s, torch.cuda.get_rng_state(d)) for d, s in zip(devices, on_devices, strict=True)
         )
+    except BaseException:
+        drawn = True
+        raise
     finally:
-        torch.set_rng_state(before)
-        for device, state in zip(devices, on_devices, strict=True):
-            torch.cuda.set_rng_state(state, device)
+        if drawn:
+            torch.set_rng_state(before)
+            for device, state in zip(devices, on_devices, strict=True):
+                torch.cuda.set_rng_state(state, device)
         with torch.no_grad():
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):

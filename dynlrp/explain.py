@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from dynlrp.capture import Aliases, Recording, frozen_parameters, refuse_compiled, refuse_training, same_state
+from dynlrp.capture import Aliases, Recording, frozen_parameters, same_state, survey
 from dynlrp.composite import Composite, composite_named
 from dynlrp.errors import InputError, NonFiniteError, NoPathError, UnknownOperationError
 from dynlrp.explanation import Explanation
@@ -66,10 +66,8 @@ def explain(
     rules = composite_named(composite)
     if on_unknown not in ("error", "gradient"):
         raise InputError(f"on_unknown is 'error' or 'gradient', not {on_unknown!r}")
-    refuse_compiled(model)
-    if not allow_training:
-        refuse_training(model)
-    request = _Request(model, inputs, target, rules, _names(layers), _names(parameters), output, on_unknown)
+    frozen = survey(model, allow_training)
+    request = _Request(model, inputs, target, rules, _names(layers), _names(parameters), output, on_unknown, frozen)
     with same_state(model, allow_training):
         run = request.forward()
     explanation = run.explain(check=False)
@@ -277,6 +275,7 @@ class _Request:
     parameters: tuple[str, ...]
     output: str | int | None
     on_unknown: OnUnknown
+    frozen: bool
 
     def forward(self, release: bool = True) -> _Run:
         """Run the model and gather what is wanted."""
@@ -288,7 +287,7 @@ class _Request:
                 raise InputError("the inputs hold no tensor")
             arguments = pytree.tree_unflatten(given, spec)
             recording = Recording(self.model, self.layers)
-            frozen = frozen_parameters(self.model)
+            frozen = frozen_parameters(self.model) if self.frozen else {}
             names = self._parameter_names()
             aliases = Aliases(frozen, names) if frozen else None
             with recording.watching():

@@ -37,7 +37,7 @@ class Ledger:
 
     def book(self, account: Account, name: str, sequence: int, amount: Tensor) -> None:
         """Enter a 0-d amount of one operation."""
-        self._amounts.append(amount.detach())
+        self._amounts.append(amount)
         self._places.append((account, sequence, name))
 
     @property

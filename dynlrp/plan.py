@@ -69,10 +69,21 @@ class StepPlan:
     scaled: tuple[bool, ...] = ()
     """Operands whose multiplier must become relevance, as another consumer of the tensor emits relevance."""
     needs: tuple[Need, ...] = ()
+    links: tuple[tuple[int, Edge], ...] = ()
+    """Operands that get something: number and edge."""
+    promised: tuple[bool, ...] = ()
+    """Booked operands whose value must be promised (leaves are at hand)."""
+    plain: bool = False
+    """The node's own VJP is all there is to do."""
+    moves: Edge | None = None
+    """The one operand of a plain movement, which needs no look at shapes."""
 
     @property
-    def wants_anything(self) -> bool:
-        return any(self.wants)
+    def settles(self) -> bool:
+        """Whether promises must be settled for this step."""
+        return bool(
+            self.needs or self.converts or self.balances or self.merged or any(self.scaled) or any(self.promised)
+        )
 
     @property
     def balances(self) -> bool:
@@ -85,6 +96,8 @@ class Plan:
     """The steps from output to sources, and the gauge of every edge that carries relevance, not a multiplier."""
 
     steps: tuple[StepPlan, ...]
+    settling: tuple[StepPlan, ...]
+    """The steps that need activations."""
     relevance_edges: frozenset[Edge]
     ends: frozenset[Edge]
     """Sources with no other source behind them: here relevance leaves the graph."""
@@ -284,9 +297,21 @@ class _Planner:
             step.converts = tuple(
                 output for output in step.outputs if (Edge(step.index, output) in relevance) != step.relevance_in
             )
-            step.needs = tuple(step.rule.needs(step)) if step.wants_anything else ()
+            step.needs = tuple(step.rule.needs(step)) if any(step.wants) else ()
+            step.links = tuple(
+                (position, edge)
+                for position, (edge, wanted) in enumerate(zip(step.operands, step.wants, strict=True))
+                if edge is not None and wanted
+            )
+            step.promised = tuple(
+                booked and edge is not None and self.s.names[edge.node] != LEAF and not step.emits_relevance
+                for booked, edge in zip(step.booked, step.operands, strict=True)
+            )
+            step.plain = isinstance(step.rule, VJP) and not step.settles
+            alone = len(step.operands) == 1 and step.signals == (True,) and step.operation.copies
+            step.moves = step.operands[0] if step.plain and alone else None
         ends = frozenset(edge for edge in self.sources if not self.reaches[edge.node])
-        return Plan(tuple(steps), frozenset(relevance), ends, self.consumers, self.roles)
+        return Plan(tuple(steps), tuple(s for s in steps if s.settles), frozenset(relevance), ends, self.consumers, self.roles)
 
     def _step(self, index: int, absorbed: dict[int, StepPlan], unknown: list[tuple[int, str]]) -> StepPlan:
         name = self.s.names[index]

@@ -13,28 +13,27 @@ from dynlrp.graph import LEAF, Edge, Graph, Node
 from dynlrp.ledger import Ledger
 from dynlrp.plan import Kind, Plan, StepPlan
 from dynlrp.promise import FREED, Promises
-from dynlrp.rules.operation import OUTPUT, VJP, Account, Grads, Need
+from dynlrp.rules.operation import OUTPUT, Account, Grads, Need
 
 
 class LiveStep:
     """A :class:`StepPlan` joined with its node: what rules see (:class:`~dynlrp.rules.operation.Step`)."""
 
-    __slots__ = ("_ledger", "_promises", "met", "node", "outer", "plan")
+    __slots__ = (
+        "_ledger", "_promises", "gated", "hidden", "merged", "met", "name", "node", "nonnegative", "observed",
+        "operation", "plan", "present", "signals", "wants",
+    )  # fmt: skip
 
-    def __init__(self, plan: StepPlan, node: Node, promises: Promises, ledger: Ledger) -> None:
+    def __init__(self, plan: StepPlan, nodes: list[Node], promises: Promises, ledger: Ledger) -> None:
         self.plan = plan
-        self.node = node
+        self.node = nodes[plan.index]
         self._promises = promises
         self._ledger = ledger
         self.met: set[Need] = set()
-        self.outer: LiveStep | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.plan, name)
-
-    @property
-    def merged(self) -> LiveStep | None:
-        return self.outer
+        self.merged = None if plan.merged is None else LiveStep(plan.merged, nodes, promises, ledger)
+        self.name, self.operation = plan.name, plan.operation
+        self.wants, self.observed, self.signals, self.present = plan.wants, plan.observed, plan.signals, plan.present
+        self.nonnegative, self.gated, self.hidden = plan.nonnegative, plan.gated, plan.hidden
 
     def saved(self, name: str) -> Any:
         return getattr(self.node, "_saved_" + name)
@@ -48,8 +47,8 @@ class LiveStep:
         return self._promises.take(edge)
 
     def output(self) -> Tensor:
-        if self.plan.operation.result and self.plan.merged is None:
-            result: Tensor = self.saved(self.plan.operation.result)
+        if self.operation.result and self.merged is None:
+            result: Tensor = self.saved(self.operation.result)
             return result.detach()
         return self._promises.take(*self._head())
 
@@ -57,16 +56,15 @@ class LiveStep:
         return need in self.met
 
     def book(self, account: Account, amount: Tensor) -> None:
-        self._ledger.book(account, self.plan.name, self.node._sequence_nr(), amount)
+        self._ledger.book(account, self.name, self.node._sequence_nr(), amount)
 
     def vjp(self, grads: Grads) -> Sequence[Tensor | None]:
-        result = self.node(*grads) if not hasattr(self.node, "apply") else self.node.apply(*grads)
-        return result if isinstance(result, tuple) else (result,)
+        return vjp(self.node, grads)
 
     def settle(self, need: Need) -> str:
         """Find a keeper for a need; returns why there is none."""
         if need.operand is None:
-            own = self.plan.operation.result and self.plan.merged is None
+            own = self.operation.result and self.merged is None
             problem = "" if own else self._promises.settle(*self._head())
         elif self._own(need.operand) is not None:
             problem = ""
@@ -79,20 +77,26 @@ class LiveStep:
 
     def settle_bias(self) -> str:
         """The bias of an absorbed batch norm, where it has one."""
-        if self.plan.present[2]:
+        if self.present[2]:
             return self.settle(Need(2))
         return "" if self.saved("weight") is None else "its frozen bias is not in the graph"
 
     def _own(self, index: int) -> Tensor | None:
-        attribute = self.plan.operation.saved.get(index)
+        attribute = self.operation.saved.get(index)
         if attribute is None:
             return None
         value = self.saved(attribute)
         return value.detach() if isinstance(value, Tensor) else None
 
     def _head(self) -> tuple[Edge, bool]:
-        carrier = self.plan if self.plan.merged is None else self.plan.merged
-        return Edge(carrier.index, 0), self.plan.gated
+        carrier = self.plan if self.merged is None else self.merged.plan
+        return Edge(carrier.index, 0), self.gated
+
+
+def vjp(node: Node, grads: Grads) -> Sequence[Tensor | None]:
+    """Call a node. A node of a ``torch.autograd.Function`` is called by ``apply``."""
+    result = node.apply(*grads) if isinstance(node, torch._C._FunctionBase) else node(*grads)
+    return result if isinstance(result, tuple) else (result,)
 
 
 class Walk:
@@ -118,19 +122,16 @@ class Walk:
         self.release = release
         self._live: dict[int, LiveStep] = {}
         self._slots: dict[int, list[Tensor | None]] = {}
-        self._metadata: dict[int, list[Any]] = {}
         self._taken: dict[Edge, Tensor] = {}
 
     def settle(self, edges: Sequence[Edge]) -> None:
         """Find a keeper for every promise, those for the values of ``edges`` among them, or raise
         :class:`BrokenPromiseError` naming each that is broken."""
         broken: list[str] = []
-        for step in self.plan.steps:
-            if not (step.needs or step.converts or step.balances or step.merged or any(step.scaled) or any(step.booked)):
-                continue
+        for step in self.plan.settling:
             live = self._step(step)
-            if live.outer is not None:
-                problem = live.outer.settle_bias()
+            if live.merged is not None:
+                problem = live.merged.settle_bias()
                 if problem:
                     broken.append(f"{self._place(step)} absorbs a batch norm: {problem}")
             for need in step.needs:
@@ -149,11 +150,11 @@ class Walk:
                     problem = self.promises.settle(edge)
                     if problem:
                         broken.append(f"{self._place(step)} needs operand {position} as relevance: {problem}")
-                elif step.booked[position] and self.promises.settle(edge):
-                    self._unresolved(step)
-                    live.met.discard(Need(position))
-                elif step.booked[position]:
-                    live.met.add(Need(position))
+                elif step.promised[position]:
+                    if self.promises.settle(edge):
+                        self._unresolved(step)
+                    else:
+                        live.met.add(Need(position))
             if step.balances:
                 wanted = [OUTPUT] + [Need(i) for i, signal in enumerate(step.signals) if signal]
                 if any(live.settle(Need(need.operand, optional=True)) for need in wanted):
@@ -175,41 +176,34 @@ class Walk:
 
     def run(self, seed: Tensor, root: Edge, keep: Sequence[Edge]) -> dict[Edge, Tensor]:
         """Send ``seed`` from ``root``; returns what arrived at each edge of ``keep``, in the edge's gauge."""
-        kept = frozenset(keep)
-        self._slots[root.node] = self._row(root.node)
-        self._slots[root.node][root.output] = seed
-        nodes = self.graph.nodes
-        if root in kept:
-            self._taken[root] = seed
+        kept = {edge.node for edge in keep}
+        arrived: dict[Edge, Tensor] = {}
+        slots, nodes, careful = self._slots, self.graph.nodes, self.check
+        self._receive(root, seed)
         for step in self.plan.steps:
             index = step.index
-            grads = self._slots.pop(index, None)
+            grads = slots.pop(index, None)
             if grads is not None:
-                for output, value in enumerate(grads):
-                    if value is not None and Edge(index, output) in kept:
-                        self._taken[Edge(index, output)] = value
-                self._visit(step, grads)
+                if index in kept:
+                    arrived.update((Edge(index, n), g) for n, g in enumerate(grads) if g is not None)
+                if step.moves is None or careful:
+                    self._visit(step, grads)
+                else:
+                    self._receive(step.moves, nodes[index](*grads))
             if self.release:
                 self._live.pop(index, None)
                 nodes[index] = None
-        for edge in keep:
-            row = self._slots.get(edge.node)
-            if row is not None and row[edge.output] is not None and edge not in self._taken:
-                value = row[edge.output]
-                assert value is not None
-                self._taken[edge] = value
-        return self._taken
+        for index in kept & slots.keys():
+            arrived.update((Edge(index, n), g) for n, g in enumerate(slots[index]) if g is not None)
+        return arrived
 
     def _visit(self, step: StepPlan, grads: list[Tensor | None]) -> None:
-        live: LiveStep | None = self._live.get(step.index)
-        node = self.graph.nodes[step.index]
+        live = self._live.get(step.index)
         for output in step.converts:
             grads[output] = self._convert(step, output, grads[output])
         try:
-            if live is None and type(step.rule) is VJP and not hasattr(node, "apply"):
-                results: Any = node(*grads)
-                if not isinstance(results, tuple):
-                    results = (results,)
+            if live is None and step.plain:
+                results = vjp(self.graph.nodes[step.index], grads)
             else:
                 live = live or self._step(step)
                 results = step.rule(live, grads)
@@ -224,41 +218,51 @@ class Walk:
             )
         if live is not None and step.balances:
             self._balance(step, live, grads, results)
-        for position, edge in enumerate(step.operands):
+        for position, edge in step.links:
             value = results[position]
-            if value is None or edge is None or not step.wants[position]:
-                continue
-            self._hand_on(step, live, position, edge, value)
+            if value is not None:
+                self._hand_on(step, live, position, edge, value)
 
     def _hand_on(self, step: StepPlan, live: LiveStep | None, position: int, edge: Edge, value: Tensor) -> None:
-        metadata = self._metadata.get(edge.node)
-        if metadata is None:
-            metadata = self._metadata[edge.node] = self.graph.nodes[edge.node]._input_metadata
-        expected = metadata[edge.output]
-        if value.shape != expected.shape:
-            value = self._reduce(step, position, value, expected.shape)
-        if value.dtype != expected.dtype:
-            value = (value.real if value.is_complex() and not expected.dtype.is_complex else value).to(expected.dtype)
+        """Bring a result to the operand's shape and dtype, as autograd's engine would, and to its next node."""
+        expected = self.graph.nodes[edge.node]._input_metadata[edge.output]
+        shape, dtype = expected.shape, expected.dtype
+        if list(value.shape) != shape:
+            value = self._reduce(step, position, value, shape)
+        if value.dtype is not dtype:
+            value = (value.real if value.is_complex() and not dtype.is_complex else value).to(dtype)
         if self.check and not bool(torch.isfinite(value).all()):
             raise NonFiniteError(
                 f"relevance is not finite first behind operand {position} of {self._place(step)} "
                 f"(rule {type(step.rule).__name__})"
             )
         if step.booked[position]:
-            assert live is not None
-            if Need(position) in live.met:
-                account: Account = "parameters" if step.kinds[position] is Kind.PARAMETER else "held back"
-                activation = self.promises.take(edge)
-                live.book(account, value.sum() if step.emits_relevance else dot(value, activation))
+            self._book(step, live, position, edge, value)
             if not step.observed[position]:
                 return
         if step.scaled[position]:
             value = value * self.promises.take(edge)
+        self._receive(edge, value)
+
+    def _receive(self, edge: Edge, value: Tensor) -> None:
         row = self._slots.get(edge.node)
         if row is None:
-            row = self._slots[edge.node] = [None] * len(metadata)
+            row = self._slots[edge.node] = [None] * len(self.graph.nodes[edge.node]._input_metadata)
         present = row[edge.output]
         row[edge.output] = value if present is None else present + value
+
+    def _book(self, step: StepPlan, live: LiveStep | None, position: int, edge: Edge, value: Tensor) -> None:
+        """Relevance of a parameter, or of a coefficient, leaves the graph."""
+        if step.emits_relevance:
+            amount = value.sum()
+        elif self.graph.names[edge.node] == LEAF:
+            amount = dot(value, self.graph.nodes[edge.node].variable.detach())
+        elif live is not None and Need(position) in live.met:
+            amount = dot(value, self.promises.take(edge))
+        else:
+            return
+        account: Account = "parameters" if step.kinds[position] is Kind.PARAMETER else "held back"
+        self.ledger.book(account, step.name, self.graph.nodes[step.index]._sequence_nr(), amount)
 
     def _convert(self, step: StepPlan, output: int, value: Tensor | None) -> Tensor | None:
         """Change the gauge of what arrives at one output."""
@@ -286,7 +290,7 @@ class Walk:
                     amount = amount - (value * activation).sum()
         live.book("held back" if step.fallback else "constants", amount)
 
-    def _reduce(self, step: StepPlan, position: int, value: Tensor, shape: torch.Size) -> Tensor:
+    def _reduce(self, step: StepPlan, position: int, value: Tensor, shape: list[int]) -> Tensor:
         try:
             return value.sum_to_size(shape)
         except RuntimeError as error:
@@ -295,18 +299,10 @@ class Walk:
                 f"{position}, which has shape {tuple(shape)}"
             ) from error
 
-    def _row(self, index: int) -> list[Tensor | None]:
-        return [None] * len(self.graph.nodes[index]._input_metadata)
-
     def _step(self, step: StepPlan) -> LiveStep:
         live = self._live.get(step.index)
         if live is None:
-            live = LiveStep(step, self.graph.nodes[step.index], self.promises, self.ledger)
-            self._live[step.index] = live
-            if step.merged is not None:
-                live.outer = LiveStep(
-                    step.merged, self.graph.nodes[step.merged.index], self.promises, self.ledger
-                )
+            live = self._live[step.index] = LiveStep(step, self.graph.nodes, self.promises, self.ledger)
         return live
 
     def _unresolved(self, step: StepPlan) -> None:
@@ -336,7 +332,6 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
         a, b = a.float(), b.float()
     if a.is_complex():
         return (a * b).sum().real
-    return torch.dot(a.reshape(-1), b.reshape(-1).to(a.dtype))
-
-
-__all__ = ["LEAF", "LiveStep", "Walk", "dot"]
+    if a.ndim != 1:
+        a, b = a.reshape(-1), b.reshape(-1)
+    return torch.dot(a, b if b.dtype == a.dtype else b.to(a.dtype))
