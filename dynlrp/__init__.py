@@ -1,6 +1,7 @@
 """Layer-wise Relevance Propagation for any PyTorch model, operation by operation."""
 
 from dynlrp import rules
+from dynlrp._version import __version__
 from dynlrp.composite import COMPOSITES, Composite, When, epsilon_gamma_box
 from dynlrp.errors import (
     BrokenPromiseError,
@@ -19,8 +20,6 @@ from dynlrp.explain import explain, relevance
 from dynlrp.explanation import Explanation
 from dynlrp.ledger import Ledger
 
-from dynlrp._version import __version__
-
 __all__ = [
     "COMPOSITES",
     "BrokenPromiseError",
@@ -38,6 +37,7 @@ __all__ = [
     "TrainingModeError",
     "UnknownOperationError",
     "When",
+    "__version__",
     "epsilon_gamma_box",
     "explain",
     "relevance",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules import module as hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
@@ -31,11 +32,8 @@ class Recording:
         """Sequence number at every entry (module) and exit (None) of a module."""
         self._layers = layers
         self._names: dict[int, str] | None = None
-        self._wanted: dict[int, str] = {}
-        self.outputs: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
-        """Per requested layer and call: the output, its value without graph, and the version of that value."""
-        self.aliases: dict[str, Tensor] = {}
-        """Stand-ins of frozen parameters by name."""
+        self.outputs: dict[str, list[tuple[Any, int, Tensor, int]]] = {}
+        """Per requested layer and call: node and number of the output, its value, and the version of that value."""
 
     def names(self) -> dict[int, str]:
         """Module path by ``id``."""
@@ -69,8 +67,7 @@ class Recording:
         def leave(module: nn.Module, _: Any, output: Any) -> None:
             if threading.get_ident() == thread:
                 events.append((_sequence(), None))
-                name = wanted.get(id(module)) if wanted else None
-                if name is not None:
+                for name in wanted.get(id(module), ()):
                     self._keep(name, output)
 
         with ExitStack() as stack:
@@ -78,21 +75,29 @@ class Recording:
             stack.callback(hooks.register_module_forward_hook(leave).remove)
             yield
 
-    def _select(self) -> dict[int, str]:
-        wanted: dict[int, str] = {}
+    def _select(self) -> dict[int, list[str]]:
+        """Names of the requested modules by ``id``; a shared module may have several."""
+        wanted: dict[int, list[str]] = {}
+        if self._layers and not isinstance(self._model, nn.Module):
+            raise InputError("layers= needs an nn.Module")
         for pattern in self._layers:
-            found = {i: name for i, name in self.names().items() if fnmatchcase(name, pattern)}
+            everything = list(self._model.named_modules(remove_duplicate=False))
+            found = [(name, module) for name, module in everything if fnmatchcase(name, pattern)]
             if not found:
-                raise InputError(f"no module is called {pattern!r}; the model has {list(self.names().values())[1:9]} ...")
-            wanted.update(found)
+                raise InputError(f"no module is called {pattern!r}; the model has {[n for n, _ in everything[1:9]]} ...")
+            for name, module in found:
+                names = wanted.setdefault(id(module), [])
+                if name not in names:
+                    names.append(name)
         return wanted
 
     def _keep(self, name: str, output: Any) -> None:
         tensor = next((t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()), None)
         if tensor is None or not tensor.requires_grad:
             return
+        node, number = get_gradient_edge(tensor)[:2]
         value = tensor.detach()
-        self.outputs.setdefault(name, []).append((tensor, value, value._version))
+        self.outputs.setdefault(name, []).append((node, number, value, value._version))
 
 
 class Aliases(TorchFunctionMode):
@@ -110,11 +115,14 @@ class Aliases(TorchFunctionMode):
         }
     )  # fmt: skip
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], wanted: set[str]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], wanted: Sequence[nn.Parameter]) -> None:
         super().__init__()
-        self.tensors = {name: p.detach().requires_grad_() for name, p in parameters.items()}
-        self._by_id = {id(p): self.tensors[name] for name, p in parameters.items()}
-        self._wanted = {id(p) for name, p in parameters.items() if name in wanted}
+        self._stand_ins = {id(p): p.detach().requires_grad_() for p in parameters}
+        self._wanted = {id(p) for p in wanted}
+
+    def stand_in(self, parameter: nn.Parameter) -> Tensor:
+        """What takes part in the graph for a parameter."""
+        return self._stand_ins.get(id(parameter), parameter)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -124,14 +132,30 @@ class Aliases(TorchFunctionMode):
 
         def swap(position: int, value: Any) -> Any:
             if type(value) is nn.Parameter and (position != first or id(value) in self._wanted):
-                return self._by_id.get(id(value), value)
+                return self._stand_ins.get(id(value), value)
             if isinstance(value, tuple | list) and any(type(v) is nn.Parameter for v in value):
-                return type(value)(self._by_id.get(id(v), v) for v in value)
+                return type(value)(self._stand_ins.get(id(v), v) for v in value)
             return value
 
         args = tuple(swap(i, a) for i, a in enumerate(args))
         kwargs = {k: swap(1 if k == "weight" else -1, v) for k, v in kwargs.items()}
         return func(*args, **kwargs)
+
+
+class Recorder(TorchFunctionMode):
+    """Keeps a copy of every tensor of the graph, for promises that nobody else can keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[tuple[Any, int, Tensor]] = []
+        """Node, output number and value."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                self.kept.append((tensor.grad_fn, tensor.output_nr, tensor.detach().clone()))
+        return result
 
 
 def survey(model: Any, allow_training: bool) -> bool:
@@ -164,13 +188,13 @@ def survey(model: Any, allow_training: bool) -> bool:
     return frozen
 
 
-def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters without ``requires_grad`` that could have it, by name."""
-    return {
-        name: p
-        for name, p in model.named_parameters()
+def frozen_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters without ``requires_grad`` that could have it."""
+    return [
+        p
+        for p in model.parameters()
         if not p.requires_grad and (p.is_floating_point() or p.is_complex()) and not p.is_inference()
-    }
+    ]
 
 
 def _is_random(module: nn.Module) -> bool:
@@ -196,7 +220,7 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
 def same_state(model: Any, allow_training: bool) -> Iterator[None]:
     """Put the random state back, and buffers too where training is allowed. A forward that draws random numbers is
     an error unless that is allowed."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     before = torch.get_rng_state()
     on_devices = [torch.cuda.get_rng_state(d) for d in devices]
     buffers: list[tuple[Tensor, Tensor]] = []

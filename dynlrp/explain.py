@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from dynlrp.capture import Aliases, Recording, frozen_parameters, same_state, survey
+from dynlrp.capture import Aliases, Recorder, Recording, frozen_parameters, same_state, survey
 from dynlrp.composite import Composite, composite_named
-from dynlrp.errors import InputError, NonFiniteError, NoPathError, UnknownOperationError
+from dynlrp.errors import BrokenPromiseError, InputError, NonFiniteError, NoPathError, UnknownOperationError
 from dynlrp.explanation import Explanation
-from dynlrp.graph import Edge, Graph, Structure
+from dynlrp.graph import Edge, Graph, Node, Structure
 from dynlrp.ledger import Ledger
 from dynlrp.plan import Plan, UnknownNodes, make_plan
 from dynlrp.promise import Promises
@@ -41,7 +42,9 @@ def explain(
 ) -> Explanation:
     """Explain one output of a model per sample by Layer-wise Relevance Propagation.
 
-    The model runs once; its parameters, gradients, buffers, flags, hooks, mode and the random state stay as they are.
+    The model runs once (once more, recording every tensor, where a rule or the ledger needs an activation that the
+    graph did not keep and that cannot be recomputed); its parameters, gradients, buffers, flags, hooks, mode and the
+    random state stay as they are.
 
     Args:
         model: an ``nn.Module`` or any function of tensors.
@@ -70,7 +73,14 @@ def explain(
     request = _Request(model, inputs, target, rules, _names(layers), _names(parameters), output, on_unknown, frozen)
     with same_state(model, allow_training):
         run = request.forward()
-    explanation = run.explain(check=False)
+    try:
+        explanation = run.explain(check=False)
+        complete = not explanation.ledger.unresolved or explanation.ledger.closes
+    except BrokenPromiseError:
+        complete = False
+    if not complete:
+        with same_state(model, allow_training):
+            explanation = request.forward(record=True).explain(check=False)
     if not explanation.finite():
         with same_state(model, allow_training=True):
             request.diagnose()
@@ -137,8 +147,8 @@ class _Run:
         self.root, self.start, self.value, self.seeded = root, seed.start, seed.value, seed.relevance
         self.composite, self.on_unknown, self.release = composite, on_unknown, release
         self.recording: Recording | None = None
-        self.wanted: list[tuple[Edge | None, str]] = []
-        """One entry per source: its edge and how to read it (``"whole"`` or ``"rows"``)."""
+        self.wanted: list[tuple[Edge | None, Rows | None]] = []
+        """One entry per source: its edge, and how ids read their embedding's relevance."""
         self.groups: list[list[int]] = []
         """Positions in ``wanted`` per result."""
         self.shapes: list[torch.Size] = []
@@ -147,35 +157,65 @@ class _Run:
         self.leaves: dict[str, Edge | None] = {}
         self.rebuild: Callable[[list[Tensor | None]], Any] = lambda values: values
 
-    def want(self, tensor: Tensor, value: Tensor) -> None:
-        """Ask for the relevance of a tensor of the graph."""
+    def want(self, tensor: Tensor, value: Tensor) -> int:
+        """Ask for the relevance of a tensor of the graph; returns its group number."""
         edge = self._edge(tensor)
         self.groups.append([len(self.wanted)])
         self.shapes.append(value.shape)
-        self.wanted.append((edge, "whole"))
+        self.wanted.append((edge, None))
         if edge is not None:
             self.captured[edge] = (value, value._version)
+        return len(self.groups) - 1
 
-    def want_rows(self, ids: Tensor) -> None:
-        """Ask for one number per id of the embeddings that ``ids`` indexes."""
-        group = []
+    def want_rows(self, inputs: Sequence[Tensor]) -> list[int]:
+        """Ask for one number per id of every embedding that one of ``inputs`` indexes; returns their group numbers.
+
+        An embedding belongs to the input whose memory its indices lie in, be it a view; else, where the model copied
+        its ids, to the first input without such an embedding that holds the same numbers.
+        """
+        groups: list[list[int]] = [[] for _ in inputs]
+        copied: list[tuple[int, Tensor]] = []
+        memory = {ids.untyped_storage().data_ptr(): number for number, ids in enumerate(inputs)}
         for index, name in enumerate(self.graph.names):
-            if name == "EmbeddingBackward0" and _same_ids(self.graph.nodes[index]._saved_indices, ids):
-                group.append(len(self.wanted))
-                self.wanted.append((Edge(index, 0), "rows"))
-        self.groups.append(group)
-        self.shapes.append(ids.shape)
+            if name == "EmbeddingBackward0":
+                indices = self.graph.nodes[index]._saved_indices
+                number = memory.get(indices.untyped_storage().data_ptr())
+                if number is None:
+                    copied.append((index, indices))
+                else:
+                    places = torch.arange(inputs[number].numel(), device=indices.device)
+                    places = places.as_strided(indices.shape, indices.stride(), indices.storage_offset())
+                    groups[number].append(self._want_edge(index, places))
+        taken = [bool(group) for group in groups]
+        for index, indices in copied:
+            for number, ids in enumerate(inputs):
+                if not taken[number] and torch.equal(indices.reshape(-1), ids.reshape(-1)):
+                    groups[number].append(self._want_edge(index, None))
+                    break
+        numbers = []
+        for group, ids in zip(groups, inputs, strict=True):
+            numbers.append(len(self.groups))
+            self.groups.append(group)
+            self.shapes.append(ids.shape)
+        return numbers
 
-    def want_nothing(self) -> None:
-        self.groups.append([])
-        self.shapes.append(torch.Size())
+    def _want_edge(self, index: int, places: Tensor | None) -> int:
+        self.wanted.append((Edge(index, 0), Rows(places)))
+        return len(self.wanted) - 1
 
-    def tap(self, name: str, tensor: Tensor, value: Tensor, version: int) -> None:
+    def tap(self, name: str, node: Node, number: int, value: Tensor, version: int) -> None:
         """Ask for the relevance of a layer's output on the way."""
-        edge = self._edge(tensor)
+        edge = self.graph.edge(node, number)
         self.taps.setdefault(name, []).append(edge)
         if edge is not None and edge not in self.captured:
             self.captured[edge] = (value, version)
+
+    def keep(self, recorded: list[tuple[Node, int, Tensor]]) -> None:
+        """Values of tensors, for promises."""
+        for node, number, value in recorded:
+            edge = self.graph.edge(node, number)
+            if edge is not None:
+                self.captured[edge] = (value, value._version)
 
     def observe(self, name: str, parameter: Tensor) -> None:
         self.leaves[name] = self._edge(parameter) if parameter.requires_grad else None
@@ -221,18 +261,18 @@ class _Run:
             return arrived[edge] * promises.take(edge)
 
         found = {edge: read(edge) for edge in keep}
-        for edge in dict.fromkeys(sources):
-            value = found[edge]
-            if value is not None and edge in plan.ends:
-                ledger.book("inputs", self.graph.names[edge.node], sequences[edge], value.sum())
+        for source in dict.fromkeys(sources):
+            value = found[source]
+            if value is not None and source in plan.ends:
+                ledger.book("inputs", self.graph.names[source.node], sequences[source], value.sum())
         results: list[Tensor | None] = []
         for group, shape in zip(self.groups, self.shapes, strict=True):
             parts = []
             for position in group:
-                edge, how = self.wanted[position]
+                edge, rows = self.wanted[position]
                 part = found.get(edge) if edge is not None else None
                 if part is not None:
-                    parts.append(part.sum(-1).reshape(shape) if how == "rows" else part)
+                    parts.append(part if rows is None else rows.read(part, shape))
             results.append(sum(parts[1:], parts[0]) if parts else None)
         return Explanation(
             relevance=self.rebuild(results),
@@ -257,10 +297,19 @@ def _single(values: list[Tensor | None]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _same_ids(indices: Tensor, ids: Tensor) -> bool:
-    if indices.numel() != ids.numel():
-        return False
-    return indices.data_ptr() == ids.data_ptr() or torch.equal(indices.reshape(-1), ids.reshape(-1))
+@dataclass(frozen=True)
+class Rows:
+    """How the relevance of an embedding becomes one number per id: ``places`` are the ids' positions in the input,
+    None where they are all of them in order."""
+
+    places: Tensor | None
+
+    def read(self, relevance: Tensor, shape: torch.Size) -> Tensor:
+        rows = relevance.sum(-1)
+        if self.places is None:
+            return rows.reshape(shape)
+        flat = torch.zeros(shape.numel(), dtype=rows.dtype, device=rows.device)
+        return flat.index_add_(0, self.places.reshape(-1), rows.reshape(-1)).reshape(shape)
 
 
 @dataclass
@@ -277,47 +326,47 @@ class _Request:
     on_unknown: OnUnknown
     frozen: bool
 
-    def forward(self, release: bool = True) -> _Run:
-        """Run the model and gather what is wanted."""
+    def forward(self, release: bool = True, record: bool = False) -> _Run:
+        """Run the model and gather what is wanted; ``record`` keeps the value of every tensor on the way."""
         with torch.inference_mode(False), torch.enable_grad():
-            inputs = dict(self.inputs) if isinstance(self.inputs, Mapping) else self.inputs
-            leaves, spec = pytree.tree_flatten(inputs)
+            leaves, spec = pytree.tree_flatten(_plain(self.inputs))
             given = [_prepare(leaf) for leaf in leaves]
             if not any(isinstance(leaf, Tensor) for leaf in leaves):
                 raise InputError("the inputs hold no tensor")
             arguments = pytree.tree_unflatten(given, spec)
             recording = Recording(self.model, self.layers)
-            frozen = frozen_parameters(self.model) if self.frozen else {}
+            frozen = frozen_parameters(self.model) if self.frozen else []
             names = self._parameter_names()
-            aliases = Aliases(frozen, names) if frozen else None
-            with recording.watching():
-                if aliases is None:
-                    result = _call(self.model, arguments)
-                else:
-                    with aliases:
-                        result = _call(self.model, arguments)
+            aliases = Aliases(frozen, [self.model.get_parameter(n) for n in names]) if frozen else None
+            recorder = Recorder() if record else None
+            with recording.watching(), aliases or nullcontext(), recorder or nullcontext():
+                result = _call(self.model, arguments)
             seed = make_seed(find_output(result, self.output), self.target)
             del result
             run = _Run(seed, self.composite, self.on_unknown, release)
             del seed
             run.recording = recording
-            run.rebuild = lambda values: pytree.tree_unflatten(values, spec)
+            if recorder is not None:
+                run.keep(recorder.kept)
+            order: list[int | None] = []
+            ids: list[Tensor] = []
             for leaf, argument in zip(leaves, given, strict=True):
-                if not isinstance(leaf, Tensor):
-                    run.want_nothing()
-                elif argument.requires_grad:
-                    run.want(argument, leaf.detach())
-                elif argument.is_floating_point() or argument.is_complex() or argument.dtype == torch.bool:
-                    run.want_nothing()
-                else:
-                    run.want_rows(argument)
+                order.append(None)
+                if isinstance(leaf, Tensor) and argument.requires_grad:
+                    order[-1] = run.want(argument, leaf.detach())
+                elif isinstance(leaf, Tensor) and not argument.is_floating_point() and argument.dtype != torch.bool:
+                    order[-1] = -1 - len(ids)
+                    ids.append(argument)
+            rows = run.want_rows(ids)
+            places = [None if n is None else n if n >= 0 else rows[-1 - n] for n in order]
+            run.rebuild = lambda found: pytree.tree_unflatten([None if n is None else found[n] for n in places], spec)
             for name, outputs in recording.outputs.items():
-                for tensor, value, version in outputs:
-                    run.tap(name, tensor, value, version)
+                for node, number, value, version in outputs:
+                    run.tap(name, node, number, value, version)
             recording.outputs.clear()
             for name in names:
-                stand_in = aliases.tensors.get(name) if aliases is not None else None
-                run.observe(name, self.model.get_parameter(name) if stand_in is None else stand_in)
+                parameter = self.model.get_parameter(name)
+                run.observe(name, parameter if aliases is None else aliases.stand_in(parameter))
         return run
 
     def diagnose(self) -> None:
@@ -331,7 +380,7 @@ class _Request:
             return []
         if not isinstance(self.model, nn.Module):
             raise InputError("parameters= needs an nn.Module")
-        everything = [name for name, _ in self.model.named_parameters()]
+        everything = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         names: list[str] = []
         for pattern in self.parameters:
             found = [name for name in everything if fnmatchcase(name, pattern)]
@@ -341,13 +390,23 @@ class _Request:
         return list(dict.fromkeys(names))
 
 
+def _plain(inputs: Any) -> Any:
+    """Mappings of any kind as dicts."""
+    if isinstance(inputs, Mapping):
+        return {key: _plain(value) for key, value in inputs.items()}
+    if type(inputs) in (tuple, list):
+        return type(inputs)(_plain(value) for value in inputs)
+    return inputs
+
+
 def _prepare(leaf: Any) -> Any:
     """A copy of an input that the model may do with as it likes; floating point copies are in the graph."""
     if not isinstance(leaf, Tensor):
         return leaf
     if leaf.is_floating_point() or leaf.is_complex():
-        return leaf.detach().requires_grad_().clone()
-    return leaf.detach().clone()
+        leaf = leaf.clone() if leaf.is_inference() else leaf.detach()
+        return leaf.requires_grad_().clone()
+    return leaf.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _call(model: Any, arguments: Any) -> Any:

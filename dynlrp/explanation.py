@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,8 +43,9 @@ class Explanation:
     def finite(self) -> bool:
         """Whether no relevance is NaN or infinite."""
         tensors = [*self.tensors(), self.value]
-        total = sum(tensors[i].sum() for i in range(len(tensors)))
-        return bool(torch.isfinite(torch.as_tensor(total))) or all(bool(torch.isfinite(t).all()) for t in tensors)
+        if all(math.isfinite(tensor.sum()) for tensor in tensors):
+            return True
+        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python numbers and lists, ready for JSON."""
@@ -94,7 +96,8 @@ class Explanation:
             entry: which input, by name or position; by default the first that has relevance.
             title: a line above the picture.
         """
-        return self._panel(sample, image, tokens, values, entry, title, text=False)
+        figure: Figure = self._panel(sample, image, tokens, values, entry, title, text=False)
+        return figure
 
     def save(
         self,

@@ -273,6 +273,7 @@ class _Planner:
             copies = step.operation.copies and isinstance(step.rule, VJP)
             in_relevance = any(Edge(index, output) in relevance for output in step.outputs)
             step.relevance_in = step.rule.consumes == "relevance" or (copies and in_relevance)
+            step.hidden = step.hidden and (step.rule.consumes == "multiplier")
             step.emits_relevance = step.rule.emits == "relevance" or (copies and step.relevance_in)
             carrier = step if step.merged is None else step.merged
             heads = followers.get(Edge(carrier.index, 0), [])
@@ -284,15 +285,15 @@ class _Planner:
                     walked.add(edge.node)
                 if step.signals[position]:
                     followers.setdefault(edge, []).append(index)
-                    arrivals.setdefault(edge.node, set()).add(edge.output)
-                    if step.emits_relevance:
-                        relevance.add(edge)
+                arrivals.setdefault(edge.node, set()).add(edge.output)
+                if step.emits_relevance:
+                    relevance.add(edge)
         if unknown:
             raise UnknownNodes(unknown)
         for step in steps:
             step.scaled = tuple(
-                edge in relevance and signal and not step.emits_relevance
-                for edge, signal in zip(step.operands, step.signals, strict=True)
+                edge in relevance and (signal or observed) and not step.emits_relevance
+                for edge, signal, observed in zip(step.operands, step.signals, step.observed, strict=True)
             )
             step.converts = tuple(
                 output for output in step.outputs if (Edge(step.index, output) in relevance) != step.relevance_in
@@ -326,8 +327,10 @@ class _Planner:
         kinds = tuple(self._kind(edge) for edge in operands)
         letters = [self._letter(index, position) for position in range(len(operands))]
         signals = tuple(k is Kind.SIGNAL and a != "-" for k, a in zip(kinds, letters, strict=True))
+        travels = self.kinds[index] is Kind.SIGNAL  # else the way leads to an observed weight, which is no account
         booked = tuple(
-            a == "+" and k in (Kind.PARAMETER, Kind.COEFFICIENT) for k, a in zip(kinds, letters, strict=True)
+            travels and a == "+" and k in (Kind.PARAMETER, Kind.COEFFICIENT)
+            for k, a in zip(kinds, letters, strict=True)
         )
         present = tuple(edge is not None for edge in operands)
         step = StepPlan(
@@ -340,8 +343,8 @@ class _Planner:
             signals=signals,
             booked=booked,
             observed=tuple(
-                edge is not None and not signal and self.observes[edge.node]
-                for edge, signal in zip(operands, signals, strict=True)
+                edge is not None and kind is Kind.PARAMETER and self.observes[edge.node]
+                for edge, kind in zip(operands, kinds, strict=True)
             ),
             present=present,
             nonnegative=all(
@@ -349,7 +352,7 @@ class _Planner:
                 for edge, signal in zip(operands, signals, strict=True)
                 if signal
             ),
-            hidden=operation.hides is not None and operation.hides(self.s.facts[index], present),
+            hidden=travels and operation.hides is not None and operation.hides(self.s.facts[index], present),
             fallback=fallback,
             merged=absorbed.get(index),
         )
@@ -370,11 +373,13 @@ class _Planner:
         operation, rule = REGISTRY.get(self.s.names[edge.node]), self.rules[edge.node]
         if operation is None or rule is None or not rule.merges_norm or not affine(self.s.facts[step.index]):
             return None
-        alone = len(self.consumers[edge]) == 1
-        return edge.node if alone and self._is_linear(edge.node, operation) else None
+        if operation.absorbs is None or len(self.consumers[edge]) > 1 or not self._is_linear(edge.node, operation):
+            return None
+        source = self.s.operands[edge.node][operation.absorbs]
+        return edge.node if self._kind(source) is Kind.SIGNAL else None
 
     def _gates(self, index: int) -> bool:
         operation = REGISTRY.get(self.s.names[index])
-        if operation is None:
+        if operation is None or self.rules[index] != operation.rule:
             return False
         return operation.gates(self.s.facts[index]) if callable(operation.gates) else operation.gates

@@ -76,8 +76,11 @@ def make_seed(output: Tensor, target: Target) -> Seed:
             raise TargetError("a callable target must return a floating point tensor with one number per sample")
         if score.grad_fn is None:
             raise TargetError("what the callable target returned does not depend on the output")
-        if score.ndim > 1 and score[0].numel() != 1:
-            raise TargetError(f"a callable target must return one number per sample, not shape {tuple(score.shape)}")
+        batch = output.shape[0] if output.ndim else 1
+        if score.ndim and (score.shape[0] != batch or score.numel() != batch):
+            raise TargetError(
+                f"a callable target must return one number per sample, ({batch},), not shape {tuple(score.shape)}"
+            )
         return Seed(score, torch.ones_like(score), score.detach().reshape(-1), False)
     shape = output.shape
     if isinstance(target, Tensor) and target.is_floating_point():
@@ -99,6 +102,8 @@ def _flat_index(target: Any, batch: int, rest: torch.Size, device: torch.device)
     """One flat index per sample from an int, an int per sample, an index tuple or an index tuple per sample."""
     if isinstance(target, Tensor):
         target = target.tolist()
+    if isinstance(target, list) and any(isinstance(t, bool | float) for t in target):
+        raise TargetError(f"a list of targets holds integers or index tuples, not {target[:3]}")
     if isinstance(target, bool) or not isinstance(target, int | Sequence) or isinstance(target, str):
         raise TargetError(f"a target cannot be {type(target).__name__}")
     if isinstance(target, tuple) and len(target) == len(rest) and all(isinstance(i, int) for i in target):

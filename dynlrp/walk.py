@@ -95,7 +95,7 @@ class LiveStep:
 
 def vjp(node: Node, grads: Grads) -> Sequence[Tensor | None]:
     """Call a node. A node of a ``torch.autograd.Function`` is called by ``apply``."""
-    result = node.apply(*grads) if isinstance(node, torch._C._FunctionBase) else node(*grads)
+    result = node.apply(*grads) if isinstance(node, torch._C._FunctionBase) else node(*grads)  # type: ignore[attr-defined]
     return result if isinstance(result, tuple) else (result,)
 
 
@@ -281,13 +281,12 @@ class Walk:
         """Book what went in and did not come out, where only the activations tell."""
         if Need(None, optional=True) not in live.met or grads[0] is None:
             return
-        amount = dot(grads[0], live.output())
+        amount = grads[0].sum() if step.relevance_in else dot(grads[0], live.output())
         for position, signal in enumerate(step.signals):
             value = results[position]
-            if signal:
-                activation = live.operand(position)
-                if value is not None:
-                    amount = amount - (value * activation).sum()
+            if not signal or value is None:
+                continue
+            amount = amount - (value.sum() if step.emits_relevance else (value * live.operand(position)).sum())
         live.book("held back" if step.fallback else "constants", amount)
 
     def _reduce(self, step: StepPlan, position: int, value: Tensor, shape: list[int]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlrp.rules.linear import stabilise
+from dynlrp.rules.linear import divide
 from dynlrp.rules.operation import OUTPUT, Grads, Need, Operation, Rule, Step, StepShape, register
 
 
@@ -30,7 +30,7 @@ class EpsilonSum(Rule):
         if g is None:
             return [None] * len(step.wants)
         relevance = g * z
-        s = relevance / stabilise(z, self.epsilon)
+        s = divide(relevance, z, self.epsilon)
         step.book("absorbed", (relevance - s * z).sum())
         return step.vjp([s])
 
@@ -87,7 +87,17 @@ def _missing(facts: Any, present: tuple[bool, ...]) -> bool:
     return not all(present)
 
 
-register(Operation("AddBackward0", "addition", operands="++", replay=_add, hides=_missing, sign="same"))
+register(
+    Operation(
+        "AddBackward0",
+        "addition",
+        operands="++",
+        replay=_add,
+        hides=_missing,
+        facts=lambda node: bool(node._saved_alpha >= 0),
+        sign=lambda adds: "same" if adds else "",
+    )
+)
 register(Operation("SubBackward0", "addition", operands="++", replay=_sub, hides=_missing))
 register(Operation("RsubBackward0", "addition", operands="++", replay=_rsub, hides=_missing))
 for _name in ("AddBackward1", "SubBackward1", "RsubBackward1"):  # a number is added, and not recorded

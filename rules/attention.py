@@ -1,7 +1,7 @@
 """Softmax and fused scaled-dot-product attention.
 
-AttnLRP (Achtibat et al. 2024) gives softmax its own VJP and shares both matrix products equally. For O = softmax(Q K^T) V
-that is the kernel's own backward with its results scaled: Q / 4, K / 4, V / 2. CP-LRP (Ali et al. 2022) treats the
+AttnLRP (Achtibat et al. 2024) gives softmax its own VJP and shares both matrix products equally. For
+O = softmax(Q K^T) V that is the kernel's own backward with its results scaled: Q / 4, K / 4, V / 2. CP-LRP (Ali et al. 2022) treats the
 attention weights as coefficients: 0, 0, 1. So the fused kernel's backward is called once and memory stays linear in
 the sequence length.
 """
@@ -46,22 +46,33 @@ class Attention(Rule):
             scores,
         ]
         results: list[Tensor | None] = [None] * len(step.wants)
-        passed = output.sum() * 0
-        for position, m in enumerate(step.vjp(grads)):
-            if m is None or not step.wants[position] or shares[position] == 0:
-                continue
-            results[position] = m * shares[position]
-            saved = step.operation.saved.get(position)
-            if saved is not None and not step.observed[position]:
-                passed = passed + _dot(results[position], step.saved(saved))
-        step.book("offsets", _dot(output, step.saved("output")) - passed)
+        own = step.vjp(grads)
+        for position, (m, share) in enumerate(zip(own, shares, strict=False)):
+            if m is not None and step.wants[position] and share:
+                results[position] = m * share
+        self._book(step, output, own, scores)
         return results
+
+    def _book(self, step: Step, output: Tensor, own: Sequence[Tensor | None], scores: float) -> None:
+        """What softmax does not conserve. The values' own share is sum(m O) and queries and keys have the same,
+        sum(m_S S), so one of them tells the scores' share."""
+        if not scores:
+            return
+        side = 0 if step.signals[0] else 1
+        through = own[side]
+        if through is None:
+            return
+        offset = _dot(output, step.saved("output")) - _dot(through, step.saved(step.operation.saved[side]))
+        bias = own[3] if len(own) > 3 and step.wants[3] else None
+        if bias is not None:
+            offset = offset - _dot(bias, step.saved("attn_bias"))
+        step.book("offsets", scores * offset)
 
 
 def _dot(a: Tensor | None, b: Tensor) -> Tensor:
     assert a is not None
     dtype = torch.promote_types(a.dtype, torch.float32)
-    return torch.dot(a.reshape(-1).to(dtype), b.detach().reshape(-1).to(dtype))
+    return torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype))
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class SoftmaxVJP(Rule):
         if g is None:
             return [None]
         (m,) = step.vjp(grads)
-        p = step.saved("result").detach()
+        p = step.saved("result")
         if m is not None:
             passed = (m * torch.where(p > 0, p, 1.0).log()).sum()
             step.book("offsets", _dot(g, p) - passed)

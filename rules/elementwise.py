@@ -63,7 +63,13 @@ class Secant(Rule):
         return [g * slope.to(g.dtype)]
 
 
-def elementwise(name: str, function: Function, result: str | None = None, sign: Sign = "", **traits: Any) -> None:
+def elementwise(
+    name: str,
+    function: Function,
+    result: str | None = None,
+    sign: Sign | Callable[[Any], Sign] = "",
+    **traits: Any,
+) -> None:
     """Enter a function with the secant rule."""
 
     def replay(step: Any, x: Tensor) -> Tensor:
@@ -89,7 +95,7 @@ def _gelu(step: Any, x: Tensor) -> Tensor:
 
 def _gelu_secant(step: Any, x: Tensor) -> Tensor:
     if step.saved("approximate") == "none":
-        return torch.special.ndtr(x)
+        return torch.special.ndtr(x)  # type: ignore[no-any-return]
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
@@ -165,12 +171,16 @@ def _clamp_slope(step: Any) -> float:
     return float((low is None or low <= 0) and (high is None or high >= 0))
 
 
+def _clamp_sign(bounds: Any) -> Sign:
+    return "nonnegative" if bounds[0] is not None and bounds[0] >= 0 else ""
+
+
 for _name in ("HardtanhBackward0", "ClampBackward1", "ClampMinBackward0", "ClampMaxBackward0"):
     elementwise(
         _name,
         Function(_clamp, _clamp_zero, _clamp_slope),
         facts=_bounds,
-        sign=lambda bounds: "nonnegative" if bounds[0] is not None and bounds[0] >= 0 else "",
+        sign=_clamp_sign,
         gates=lambda bounds: bounds[0] is not None and bounds[0] == 0,
     )
 

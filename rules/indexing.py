@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynlrp.rules.operation import Operation, register
+from dynlrp.rules.operation import Grads, Operation, Rule, Step, register
 from dynlrp.rules.shape import signed
 
 
@@ -28,7 +30,21 @@ def _missing(facts: Any, present: tuple[bool, ...]) -> bool:
     return not all(present)
 
 
-register(Operation("EmbeddingBackward0", "embedding", operands="+", copies=True, replay=_embedding))
+@dataclass(frozen=True)
+class Lookup(Rule):
+    """Relevance of an embedding table: every use of a row adds up. The VJP would leave out the padding row, and weigh
+    rows by their frequency where the layer asks for that in training."""
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        g = grads[0]
+        if g is None:
+            return [None]
+        rows: Any = step.saved("weight_sym_argsize_0")
+        table = torch.zeros(rows, g.shape[-1], dtype=g.dtype, device=g.device)
+        return [table.index_add_(0, step.saved("indices").reshape(-1), g.reshape(-1, g.shape[-1]))]
+
+
+register(Operation("EmbeddingBackward0", "embedding", rule=Lookup(), operands="+", copies=True, replay=_embedding))
 register(Operation("IndexBackward0", "indexing", operands="+", copies=True, sign="same", replay=_index))
 register(
     Operation(

@@ -34,7 +34,11 @@ class LinearMap(Protocol):
     def weight(self, step: StepShape) -> int:
         """Operand number of the weight."""
 
-    def weight_value(self, step: Step) -> Tensor: ...
+    def weight_value(self, step: Step) -> Tensor:
+        """The weight as recorded."""
+
+    def factor(self, step: Step) -> float:
+        """What the weight is multiplied by (``alpha``)."""
 
     def forward(self, step: Step, x: Tensor, w: Tensor) -> Tensor:
         """The output without bias."""
@@ -43,13 +47,19 @@ class LinearMap(Protocol):
         """The VJP with respect to the input."""
 
     def weight_backward(self, step: Step, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        """The VJP with respect to the weight."""
+        """The VJP with respect to the weight times ``alpha``."""
 
     def bias_backward(self, step: Step, g: Tensor) -> Tensor:
         """The VJP with respect to the bias, up to broadcasting."""
 
-    def bias_value(self, b: Tensor, ndim: int) -> Tensor:
-        """The bias in a shape that broadcasts against the output."""
+    def bias_sum(self, step: Step, r: Tensor) -> Tensor:
+        """Relevance of the bias from its shares in the output's shape, up to broadcasting."""
+
+    def bias_value(self, step: Step, b: Tensor) -> Tensor:
+        """What the bias adds, in a shape that broadcasts against the output."""
+
+    def column(self, step: Step, v: Tensor) -> Tensor:
+        """One number per output channel, in a shape that broadcasts against the output."""
 
     def scaled(self, step: Step, w: Tensor, scale: Tensor) -> Tensor:
         """The weight with every output channel times ``scale``."""
@@ -72,9 +82,12 @@ class Group(NamedTuple):
     denominator: Tensor | None = None
 
 
-def stabilise(z: Tensor, epsilon: float) -> Tensor:
-    """``z + epsilon * sign(z)`` with ``sign(0) = 1``."""
-    return torch.where(z < 0, z - epsilon, z + epsilon)
+def divide(relevance: Tensor, z: Tensor, epsilon: float) -> Tensor:
+    """``relevance / (z + epsilon * sign(z))`` with ``sign(0) = 1``; without stabiliser, 0 where z is 0."""
+    if epsilon:
+        return relevance / torch.where(z < 0, z - epsilon, z + epsilon)
+    empty = z == 0
+    return torch.where(empty, 0.0, relevance / torch.where(empty, 1.0, z)).to(relevance.dtype)
 
 
 @dataclass(frozen=True)
@@ -84,8 +97,13 @@ class TermRule(Rule):
     epsilon: float = field(default=1e-6, kw_only=True)
     bias: bool = field(default=True, kw_only=True)
 
-    consumes = "relevance"
-    merges_norm = True
+    @property
+    def consumes(self) -> Gauge:
+        return "relevance"
+
+    @property
+    def merges_norm(self) -> bool:
+        return True
 
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
         """The groups of terms for input, weight, bias and the relevance of the output."""
@@ -104,12 +122,12 @@ class TermRule(Rule):
         if r is None:
             return results
         x = step.operand(math.input(step))
-        w, b = self._parameters(step, r.ndim)
+        w, b = self._parameters(step)
         passed = torch.zeros((), dtype=r.dtype, device=r.device)
         for terms, relevance, z in self.groups(step, x, w, b, r):
             if z is None:
                 z = sum_terms(step, terms)
-            s = relevance / stabilise(z, self.epsilon)
+            s = divide(relevance, z, self.epsilon)
             passed = passed + (s * z).sum()
             for term in terms:
                 if step.wants[math.input(step)]:
@@ -120,30 +138,37 @@ class TermRule(Rule):
                         share = share * term.mask
                     _add(results, math.input(step), share)
                 if step.wants[math.weight(step)]:
-                    share = math.weight_backward(step, s, term.x, term.weight)
-                    _add(results, math.weight(step), _ratio(term.weight, w) * share)
+                    part = term.weight if self.emits == "relevance" else _ratio(term.weight, math.weight_value(step))
+                    _add(results, math.weight(step), part * math.weight_backward(step, s, term.x, term.weight))
                 if term.bias is not None and b is not None:
                     if step.merged is not None:
                         step.book("parameters", (term.bias * s).sum())
+                    elif step.wants[math.bias] and self.emits == "relevance":
+                        _add(results, math.bias, math.bias_sum(step, term.bias * s))
                     elif step.wants[math.bias]:
-                        share = term.bias if self.emits == "relevance" else _ratio(term.bias, b)
-                        _add(results, math.bias, math.bias_backward(step, share * s))
+                        _add(results, math.bias, math.bias_backward(step, _ratio(term.bias, b) * s))
         step.book("absorbed", r.sum() - passed)
         return results
 
-    def _parameters(self, step: Step, ndim: int) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias, with a following batch norm merged in."""
+    def _parameters(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as they act, with a following batch norm merged in."""
         math = step.operation.math
-        w, b = math.weight_value(step), None
+        w, b = _weight(step), None
         if self.bias and math.bias is not None and step.present[math.bias]:
-            b = math.bias_value(step.operand(math.bias), ndim)
+            b = math.bias_value(step, step.operand(math.bias))
         if step.merged is not None:
             scale, shift = step.merged.operation.math.affine(step.merged)
             w = math.scaled(step, w, scale)
             if self.bias:
-                shift = math.bias_value(shift, ndim)
-                b = shift if b is None else b * math.bias_value(scale, ndim) + shift
+                shift = math.column(step, shift)
+                b = shift if b is None else b * math.column(step, scale) + shift
         return w, b
+
+
+def _weight(step: Step) -> Tensor:
+    w: Tensor = step.operation.math.weight_value(step)
+    factor = step.operation.math.factor(step)
+    return w if factor == 1 else w * factor
 
 
 def sum_terms(step: Step, terms: Sequence[Term]) -> Tensor:
@@ -212,11 +237,13 @@ class Epsilon(TermRule):
         results: list[Tensor | None] = [None] * len(step.wants)
         if g is None:
             return results
-        w = math.weight_value(step)
+        w = _weight(step)
         if step.wants[math.input(step)]:
             results[math.input(step)] = math.backward(step, g, w)
         if step.wants[math.weight(step)]:
-            results[math.weight(step)] = math.weight_backward(step, g, step.operand(math.input(step)), w)
+            m = math.weight_backward(step, g, step.operand(math.input(step)), w)
+            factor = math.factor(step)
+            results[math.weight(step)] = m if factor == 1 else m * factor
         if math.bias is not None and step.wants[math.bias]:
             results[math.bias] = math.bias_backward(step, g)
         return results
@@ -323,11 +350,10 @@ class ZBox(TermRule):
             )
         ]
 
-    def _parameters(self, step: Step, ndim: int) -> tuple[Tensor, Tensor | None]:
-        math, merged = step.operation.math, step.merged
-        w = math.weight_value(step)
+    def _parameters(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        merged, w = step.merged, _weight(step)
         if merged is not None:
-            w = math.scaled(step, w, merged.operation.math.affine(merged)[0])
+            w = step.operation.math.scaled(step, w, merged.operation.math.affine(merged)[0])
         return w, None
 
 
@@ -384,10 +410,11 @@ class MatrixProduct:
         return self.first + 1 if step.signals[self.first] else self.first
 
     def weight_value(self, step: Step) -> Tensor:
-        """The weight times ``alpha``."""
-        w: Tensor = step.saved(self.names[self.weight(step) - self.first]).detach()
-        alpha = 1 if self.bias is None else step.saved("alpha")
-        return w if alpha == 1 else w * alpha
+        w: Tensor = step.saved(self.names[self.weight(step) - self.first])
+        return w
+
+    def factor(self, step: Step) -> float:
+        return 1.0 if self.bias is None else step.saved("alpha")  # type: ignore[no-any-return]
 
     def forward(self, step: Step, x: Tensor, w: Tensor) -> Tensor:
         return x @ w if self.input(step) == self.first else w @ x
@@ -396,19 +423,24 @@ class MatrixProduct:
         return g @ w.mH if self.input(step) == self.first else w.mH @ g
 
     def weight_backward(self, step: Step, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        alpha = 1 if self.bias is None else step.saved("alpha")
-        m = x.mH @ g if self.input(step) == self.first else g @ x.mH
-        return m if alpha == 1 else m * alpha
+        return x.mH @ g if self.input(step) == self.first else g @ x.mH
 
     def bias_backward(self, step: Step, g: Tensor) -> Tensor:
         beta = step.saved("beta")
         return g if beta == 1 else g * beta
 
-    def bias_value(self, b: Tensor, ndim: int) -> Tensor:
-        return b
+    def bias_sum(self, step: Step, r: Tensor) -> Tensor:
+        return r
+
+    def bias_value(self, step: Step, b: Tensor) -> Tensor:
+        beta = step.saved("beta")
+        return b if beta == 1 else b * beta
+
+    def column(self, step: Step, v: Tensor) -> Tensor:
+        return v
 
     def scaled(self, step: Step, w: Tensor, scale: Tensor) -> Tensor:
-        return w * scale if self.input(step) == self.first else w * scale.unsqueeze(-1)
+        return w * scale
 
     def partial(self, step: Step, g: Tensor, position: int) -> Tensor:
         """The VJP with respect to one of the two factors."""
@@ -420,7 +452,7 @@ class MatrixProduct:
 
     def replay(self, step: Any, *values: Tensor | None) -> Tensor:
         factors = [
-            step.saved(name).detach() if value is None else value
+            step.saved(name) if value is None else value
             for name, value in zip(self.names, values[self.first :], strict=True)
         ]
         z = factors[0] @ factors[1]
@@ -428,7 +460,8 @@ class MatrixProduct:
             return z
         added = values[0]
         assert added is not None
-        return added * step.saved("beta") + z * step.saved("alpha")
+        total: Tensor = added * step.saved("beta") + z * step.saved("alpha")
+        return total
 
 
 class Convolution:
@@ -443,7 +476,7 @@ class Convolution:
         return 1 if step.signals[0] else 0
 
     def weight_value(self, step: Step) -> Tensor:
-        w: Tensor = step.saved("weight" if step.signals[0] else "input").detach()
+        w: Tensor = step.saved("weight" if step.signals[0] else "input")
         return w
 
     def _settings(self, step: Any) -> tuple[Any, ...]:
@@ -458,8 +491,8 @@ class Convolution:
 
     def backward(self, step: Step, g: Tensor, w: Tensor) -> Tensor:
         if step.signals[0]:
-            return self._backward(step, g, step.saved("input").detach(), w, 0)
-        return self._backward(step, g, w, step.saved("weight").detach(), 1)
+            return self._backward(step, g, step.saved("input"), w, 0)
+        return self._backward(step, g, w, step.saved("weight"), 1)
 
     def weight_backward(self, step: Step, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
         return self._backward(step, g, *((x, w, 1) if step.signals[0] else (w, x, 0)))
@@ -469,11 +502,18 @@ class Convolution:
         m: Tensor = aten.convolution_backward(g, x, w, None, *self._settings(step), mask)[position]
         return m
 
+    def factor(self, step: Step) -> float:
+        return 1.0
+
     def bias_backward(self, step: Step, g: Tensor) -> Tensor:
         return g.sum((0, *range(2, g.ndim)))
 
-    def bias_value(self, b: Tensor, ndim: int) -> Tensor:
-        return b.reshape(-1, *[1] * (ndim - 2))
+    bias_sum = bias_backward
+
+    def column(self, step: Step, v: Tensor) -> Tensor:
+        return v.reshape(-1, *[1] * (step.saved("weight").ndim - 2))
+
+    bias_value = column
 
     def scaled(self, step: Step, w: Tensor, scale: Tensor) -> Tensor:
         if not step.saved("transposed"):
@@ -484,11 +524,11 @@ class Convolution:
 
     def partial(self, step: Step, g: Tensor, position: int) -> Tensor:
         """The VJP with respect to input or weight, where both carry the signal."""
-        return self._backward(step, g, step.saved("input").detach(), step.saved("weight").detach(), position)
+        return self._backward(step, g, step.saved("input"), step.saved("weight"), position)
 
     def replay(self, step: Any, x: Tensor | None, w: Tensor | None, b: Tensor | None) -> Tensor:
-        x = step.saved("input").detach() if x is None else x
-        w = step.saved("weight").detach() if w is None else w
+        x = step.saved("input") if x is None else x
+        w = step.saved("weight") if w is None else w
         z: Tensor = aten.convolution(x, w, b, *self._settings(step))
         return z
 
@@ -506,6 +546,7 @@ def _matrix_product(name: str, names: tuple[str, str], bias: int | None = None) 
             replay=math.replay,
             hides=None if bias is None else lambda facts, present: not present[0],
             bilinear=Shares(),
+            absorbs=first if name in ("MmBackward0", "AddmmBackward0") else None,
             math=math,
         )
     )
@@ -528,6 +569,7 @@ register(
         facts=lambda node: bool(node._saved_bias_sym_sizes_opt) and node._saved_bias_sym_sizes_opt[0] > 0,
         hides=lambda biased, present: bool(biased) and not present[2],
         bilinear=Shares(),
+        absorbs=0,
         math=_convolution,
     )
 )

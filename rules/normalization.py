@@ -36,20 +36,21 @@ class Statistic(Rule):
 class LayerNorm:
     """The last dimensions of each sample."""
 
-    def _axes(self, step: Any) -> tuple[int, ...]:
-        return tuple(range(-len(step.saved("normalized_shape")), 0))
-
     def backward(self, step: Step, g: Tensor) -> Tensor:
         weight, bias = step.saved("weight"), step.saved("bias")
         if bias is not None and not step.present[2]:
-            step.book("constants", (g * bias.detach()).sum())
-        if weight is not None:
-            g = g * weight.detach()
-        return (g - g.mean(self._axes(step), keepdim=True)) * step.saved("result2").detach()
+            step.book("constants", (g * bias).sum())
+        mean = step.saved("result1")
+        # The kernel's own backward at x = mean, where its term for the deviation is zero.
+        m: Tensor = torch.ops.aten.native_layer_norm_backward(
+            g, mean.expand_as(g), step.saved("normalized_shape"), mean, step.saved("result2"), weight, bias,
+            [True, False, False],
+        )[0]  # fmt: skip
+        return m
 
     def normalised(self, step: Any) -> Tensor:
-        x: Tensor = step.saved("input").detach()
-        return (x - step.saved("result1").detach()) * step.saved("result2").detach()
+        y: Tensor = (step.saved("input") - step.saved("result1")) * step.saved("result2")
+        return y
 
     def weight_backward(self, step: Step, g: Tensor) -> Tensor:
         return (g * self.normalised(step)).sum_to_size(step.saved("weight").shape)
@@ -60,27 +61,27 @@ class LayerNorm:
     def replay(self, step: Any, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         y = self.normalised(step)
         weight, bias = step.saved("weight"), step.saved("bias")
-        y = y if weight is None else y * weight.detach()
-        return y if bias is None else y + bias.detach()
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
 
 
 class BatchNorm:
     """Per channel over batch and space: running statistics, or those of the batch."""
 
     def _column(self, v: Tensor, ndim: int) -> Tensor:
-        return v.detach().reshape(1, -1, *[1] * (ndim - 2))
+        return v.reshape(1, -1, *[1] * (ndim - 2))
 
     def _statistics(self, step: Any) -> tuple[Tensor, Tensor]:
         if step.saved("training"):
-            return step.saved("result1").detach(), step.saved("result2").detach()
+            return step.saved("result1"), step.saved("result2")
         return (
-            step.saved("running_mean").detach(),
-            torch.rsqrt(step.saved("running_var").detach() + step.saved("eps")),
+            step.saved("running_mean"),
+            torch.rsqrt(step.saved("running_var") + step.saved("eps")),
         )
 
     def _scale(self, step: Any) -> Tensor:
         weight, rstd = step.saved("weight"), self._statistics(step)[1]
-        return rstd if weight is None else rstd * weight.detach()
+        return rstd if weight is None else rstd * weight
 
     def affine(self, step: Step) -> tuple[Tensor, Tensor]:
         """Scale and shift of the equivalent affine map per channel."""
@@ -99,7 +100,7 @@ class BatchNorm:
 
     def weight_backward(self, step: Step, g: Tensor) -> Tensor:
         mean, rstd = self._statistics(step)
-        x = (step.saved("input").detach() - self._column(mean, g.ndim)) * self._column(rstd, g.ndim)
+        x: Tensor = (step.saved("input") - self._column(mean, g.ndim)) * self._column(rstd, g.ndim)
         return (g * x).sum((0, *range(2, g.ndim)))
 
     def bias_backward(self, step: Step, g: Tensor) -> Tensor:
@@ -118,20 +119,20 @@ class GroupNorm:
         return v.reshape(step.saved("N"), step.saved("group"), -1)
 
     def _column(self, v: Tensor, ndim: int) -> Tensor:
-        return v.detach().reshape(1, -1, *[1] * (ndim - 2))
+        return v.reshape(1, -1, *[1] * (ndim - 2))
 
     def backward(self, step: Step, g: Tensor) -> Tensor:
         weight = step.saved("weight")
         if weight is not None:
             g = g * self._column(weight, g.ndim)
         m = self._grouped(step, g)
-        m = (m - m.mean(-1, keepdim=True)) * step.saved("result2").detach().unsqueeze(-1)
-        return m.reshape(g.shape)
+        rstd: Tensor = step.saved("result2")
+        return ((m - m.mean(-1, keepdim=True)) * rstd.unsqueeze(-1)).reshape(g.shape)
 
     def normalised(self, step: Any) -> Tensor:
-        x = step.saved("input").detach()
-        y = self._grouped(step, x) - step.saved("result1").detach().unsqueeze(-1)
-        return (y * step.saved("result2").detach().unsqueeze(-1)).reshape(x.shape)
+        x: Tensor = step.saved("input")
+        y: Tensor = (self._grouped(step, x) - step.saved("result1").unsqueeze(-1)) * step.saved("result2").unsqueeze(-1)
+        return y.reshape(x.shape)
 
     def weight_backward(self, step: Step, g: Tensor) -> Tensor:
         return (g * self.normalised(step)).sum((0, *range(2, g.ndim)))

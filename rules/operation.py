@@ -44,8 +44,14 @@ class Step(Protocol):
     """The carried operand is known to have no negative entries (after relu, softmax, sigmoid ...)."""
     gated: bool
     """Every consumer is a relu, so relevance is zero wherever the output is not positive."""
-    merged: Step | None
-    """The batch norm that a linear operation absorbed."""
+    hidden: bool
+    """Autograd did not record a constant that adds to the output."""
+    name: str
+    """The node's name."""
+
+    @property
+    def merged(self) -> Step | None:
+        """The batch norm that a linear operation absorbed."""
 
     def saved(self, name: str) -> Any:
         """What autograd saved under ``name``."""
@@ -170,6 +176,8 @@ class Operation:
     """``hides(facts, present operands)``: does a constant that autograd did not record add to the output."""
     bilinear: Rule | None = None
     """The rule where both factors depend on the inputs (the family is then ``product``)."""
+    absorbs: int | None = None
+    """Operand that must be the input for the operation to take a batch norm behind it into its weights."""
     affine: Callable[[Any], bool] | None = None
     """``affine(facts)``: a norm with fixed statistics, which a linear operation before it can absorb."""
     math: Any = None

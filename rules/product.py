@@ -79,8 +79,8 @@ class Numerator(Rule):
 
 def _operands(step: Any, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
     return (
-        step.saved("self").detach() if left is None else left,
-        step.saved("other").detach() if right is None else right,
+        step.saved("self") if left is None else left,
+        step.saved("other") if right is None else right,
     )
 
 

@@ -94,6 +94,8 @@ _moves(
     hides=lambda facts, present: not all(present),
 )
 
-# The value that a constant padding adds is not recorded; it is 0 in all but a few models.
-_moves("ConstantPadNdBackward0")
+# The value that a constant padding adds is not recorded.
+register(
+    Operation("ConstantPadNdBackward0", "movement", operands="+", copies=True, hides=lambda facts, present: True)
+)
 linear_operation("NegBackward0", family="movement", replay=lambda step, x: -x)
