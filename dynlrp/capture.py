@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import operator
+import random
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
@@ -84,7 +88,9 @@ class Recording:
             everything = list(self._model.named_modules(remove_duplicate=False))
             found = [(name, module) for name, module in everything if fnmatchcase(name, pattern)]
             if not found:
-                raise InputError(f"no module is called {pattern!r}; the model has {[n for n, _ in everything[1:9]]} ...")
+                raise InputError(
+                    f"no module is called {pattern!r}; the model has {[n for n, _ in everything[1:9]]} ..."
+                )
             for name, module in found:
                 names = wanted.setdefault(id(module), [])
                 if name not in names:
@@ -149,25 +155,35 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.kept: list[tuple[Any, int, Tensor]] = []
         """Node, output number and value."""
+        self._seen: set[tuple[Any, int]] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in pytree.tree_leaves((args, kwargs)):  # what custom functions made is seen where it is used
+            self._keep(tensor)
         result = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                self.kept.append((tensor.grad_fn, tensor.output_nr, tensor.detach().clone()))
+            self._keep(tensor)
         return result
 
+    def _keep(self, tensor: Any) -> None:
+        if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+            key = (tensor.grad_fn, tensor.output_nr)
+            if key not in self._seen:
+                self._seen.add(key)
+                self.kept.append((*key, tensor.detach().clone()))
 
-def survey(model: Any, allow_training: bool) -> bool:
-    """Look over the modules once. Returns whether any parameter is frozen; raises for what cannot be explained:
-    compiled modules, active dropout, batch statistics."""
+
+def survey(model: Any, allow_training: bool) -> tuple[bool, list[Tensor]]:
+    """Look over the modules once. Returns whether any parameter is frozen, and the buffers; raises for what cannot
+    be explained: compiled modules, active dropout, batch statistics."""
     if hasattr(model, "_orig_mod") or hasattr(model, "_torchdynamo_orig_callable"):
         raise CompiledModuleError(
             "this module went through torch.compile, so its graph is one opaque node: explain the original, "
             "model._orig_mod, which shares its weights"
         )
+    buffers: list[Tensor] = []
     if not isinstance(model, nn.Module):
-        return False
+        return False, buffers
     active: list[nn.Module] = []
     frozen = False
     for module in _modules(model):
@@ -179,13 +195,14 @@ def survey(model: Any, allow_training: bool) -> bool:
         if module.training and not allow_training and _is_random(module):
             active.append(module)
         frozen = frozen or not all(p is None or p.requires_grad for p in module._parameters.values())
+        buffers += [buffer for buffer in module._buffers.values() if buffer is not None]
     if active:
         names = {id(module): name or "the model" for name, module in model.named_modules()}
         raise TrainingModeError(
             f"in training mode: {', '.join(names[id(m)] for m in active[:5])}{' ...' if len(active) > 5 else ''}. "
             f"Call model.eval() before explaining, or pass allow_training=True to explain one random draw."
         )
-    return frozen
+    return frozen, buffers
 
 
 def frozen_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -217,35 +234,42 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def same_state(model: Any, allow_training: bool) -> Iterator[None]:
-    """Put the random state back, and buffers too where training is allowed. A forward that draws random numbers is
-    an error unless that is allowed."""
+def same_state(buffers: list[Tensor], allow_training: bool) -> Iterator[None]:
+    """Put buffers and random states back. A forward that draws random numbers is an error unless that is allowed."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    before = torch.get_rng_state()
-    on_devices = [torch.cuda.get_rng_state(d) for d in devices]
-    buffers: list[tuple[Tensor, Tensor]] = []
-    if allow_training and isinstance(model, nn.Module):
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    states: list[tuple[Any, Callable[[], Any], Callable[[Any], object], Callable[[Any, Any], bool]]] = [
+        (torch.get_rng_state(), torch.get_rng_state, torch.set_rng_state, torch.equal),
+        *(
+            (torch.cuda.get_rng_state(d), partial(torch.cuda.get_rng_state, d), _setter(d), torch.equal)
+            for d in devices
+        ),
+        (random.getstate(), random.getstate, random.setstate, operator.eq),
+        (np.random.get_state(), np.random.get_state, np.random.set_state, _same_numpy),
+    ]
+    kept = [(buffer, buffer._version, buffer.clone()) for buffer in buffers]
     drawn = False
     try:
         yield
-        drawn = not torch.equal(before, torch.get_rng_state()) or any(
-            not torch.equal(s, torch.cuda.get_rng_state(d)) for d, s in zip(devices, on_devices, strict=True)
-        )
-    except BaseException:
-        drawn = True
-        raise
     finally:
-        if drawn:
-            torch.set_rng_state(before)
-            for device, state in zip(devices, on_devices, strict=True):
-                torch.cuda.set_rng_state(state, device)
+        for before, get, put, same in states:
+            if not same(before, get()):
+                put(before)
+                drawn = True
         with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
+            for buffer, version, value in kept:
+                # Kernels of batch statistics write without counting a version.
+                if buffer._version != version or (allow_training and not torch.equal(buffer, value)):
                     buffer.copy_(value)
     if drawn and not allow_training:
         raise TrainingModeError(
             "the forward pass drew random numbers (dropout as a function, sampling): its explanation would be of one "
             "random draw. Call model.eval(), or pass allow_training=True."
         )
+
+
+def _setter(device: int) -> Callable[[Tensor], None]:
+    return lambda state: torch.cuda.set_rng_state(state, device)
+
+
+def _same_numpy(a: Any, b: Any) -> bool:
+    return bool(a[2:] == b[2:] and (a[1] == b[1]).all())

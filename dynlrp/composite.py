@@ -119,9 +119,7 @@ COMPOSITES: dict[str, Composite] = {
         _zennit("epsilon_alpha2_beta1_flat", AlphaBeta(2.0, 1.0), FLAT_FIRST),
         epsilon_gamma_box(),
         Composite.of("dynamiclrp", {"addition": Magnitude(), "convolution": Gamma(125.0)}),
-        Composite.of(
-            "gradient_x_input", {"convolution": Epsilon(), "dense": Epsilon(), When(): Gradient()}
-        ),
+        Composite.of("gradient_x_input", {"convolution": Epsilon(), "dense": Epsilon(), When(): Gradient()}),
     )
 }
 """Composites by name."""

@@ -101,9 +101,7 @@ def train_head(model: SentimentModel, tokenizer: Any, data: Snippets, console: C
     batches = [by_length[i : i + 32] for i in range(0, len(by_length), 32)]
     with torch.no_grad():
         for batch in track(batches, f"embedding {len(data.texts):,} movie snippets", console=console):
-            words = tokenizer(
-                [data.texts[i] for i in batch], padding=True, truncation=True, return_tensors="pt"
-            )
+            words = tokenizer([data.texts[i] for i in batch], padding=True, truncation=True, return_tensors="pt")
             embeddings[batch] = model.embed(words["input_ids"], words["attention_mask"])
     split = len(data.texts) * 4 // 5
     mean, spread = embeddings[:split].mean(0), embeddings[:split].std()
@@ -127,9 +125,7 @@ def train_head(model: SentimentModel, tokenizer: Any, data: Snippets, console: C
     return float((guess == data.positive[split:].bool()).float().mean())
 
 
-def merge_words(
-    text: str, spans: Sequence[tuple[int, int]], relevance: torch.Tensor
-) -> tuple[list[str], torch.Tensor]:
+def merge_words(text: str, spans: Sequence[tuple[int, int]], relevance: torch.Tensor) -> tuple[list[str], torch.Tensor]:
     """Add up the relevance of word pieces to words, the sum unchanged.
 
     Args:
@@ -158,9 +154,7 @@ def show_ledger(console: Console, ledger: Any) -> None:
     table.add_column("share of output", justify="right")
     for name, amount in ledger.accounts.items():
         table.add_row(name, f"{amount:+.4f}", f"{amount / ledger.output:+.1%}")
-    table.add_row(
-        "[bold]output[/]", f"[bold]{ledger.output:+.4f}[/]", f"closes: {'yes' if ledger.closes else 'NO'}"
-    )
+    table.add_row("[bold]output[/]", f"[bold]{ledger.output:+.4f}[/]", f"closes: {'yes' if ledger.closes else 'NO'}")
     console.print(table)
 
 
@@ -176,9 +170,7 @@ def load_classifier() -> tuple[nn.Module, list[str]]:
     return model.eval().requires_grad_(False), [line for line in lines if not line.startswith("#")]
 
 
-def explain_photo(
-    photo: torch.Tensor, model: nn.Module, names: Sequence[str], path: Path, console: Console
-) -> None:
+def explain_photo(photo: torch.Tensor, model: nn.Module, names: Sequence[str], path: Path, console: Console) -> None:
     """Explain a (3, H, W) uint8 photo for its top ImageNet class and write ``path`` as .png and .html."""
     side = min(photo.shape[1:])
     top, left = ((size - side) // 2 for size in photo.shape[1:])
@@ -271,12 +263,8 @@ def explain_sentences(archive: Path, limit: int, out: Path, console: Console) ->
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; the exit status is 2 where a package or the snippets are missing."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dynlrp.demo", description="Explain a photo and a few sentences."
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out"), help="folder for pictures and pages [%(default)s]"
-    )
+    parser = argparse.ArgumentParser(prog="python -m dynlrp.demo", description="Explain a photo and a few sentences.")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for pictures and pages [%(default)s]")
     parser.add_argument(
         "--data",
         type=Path,
@@ -305,9 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         console.print(f"[red]{error}[/]: pip install dynlrp\\[demo]", highlight=False)
         return 2
-    console.print(
-        "\nwritten: " + ", ".join(str(path) for path in sorted(options.out.iterdir())), highlight=False
-    )
+    console.print("\nwritten: " + ", ".join(str(path) for path in sorted(options.out.iterdir())), highlight=False)
     return 0
 
 

@@ -15,12 +15,20 @@ from torch.utils import _pytree as pytree
 
 from dynlrp.capture import Aliases, Recorder, Recording, frozen_parameters, same_state, survey
 from dynlrp.composite import Composite, composite_named
-from dynlrp.errors import BrokenPromiseError, InputError, NonFiniteError, NoPathError, UnknownOperationError
+from dynlrp.errors import (
+    BrokenPromiseError,
+    FreedGraphError,
+    InputError,
+    NonFiniteError,
+    NoPathError,
+    UnknownOperationError,
+)
 from dynlrp.explanation import Explanation
 from dynlrp.graph import Edge, Graph, Node, Structure
 from dynlrp.ledger import Ledger
 from dynlrp.plan import Plan, UnknownNodes, make_plan
-from dynlrp.promise import Promises
+from dynlrp.promise import FREED, Promises
+from dynlrp.rules.operation import REGISTRY
 from dynlrp.target import Seed, Target, find_output, make_seed
 from dynlrp.walk import Walk
 
@@ -67,22 +75,21 @@ def explain(
         DynLRPError: one of its subclasses, saying what is wrong, where, and the cure.
     """
     rules = composite_named(composite)
-    if on_unknown not in ("error", "gradient"):
-        raise InputError(f"on_unknown is 'error' or 'gradient', not {on_unknown!r}")
-    frozen = survey(model, allow_training)
+    _check(on_unknown)
+    frozen, buffers = survey(model, allow_training)
     request = _Request(model, inputs, target, rules, _names(layers), _names(parameters), output, on_unknown, frozen)
-    with same_state(model, allow_training):
+    with same_state(buffers, allow_training):
         run = request.forward()
     try:
         explanation = run.explain(check=False)
-        complete = not explanation.ledger.unresolved or explanation.ledger.closes
+        complete = not explanation.ledger.unresolved
     except BrokenPromiseError:
         complete = False
     if not complete:
-        with same_state(model, allow_training):
+        with same_state(buffers, allow_training):
             explanation = request.forward(record=True).explain(check=False)
     if not explanation.finite():
-        with same_state(model, allow_training=True):
+        with same_state(buffers, allow_training=True):
             request.diagnose()
     return explanation
 
@@ -102,11 +109,13 @@ def relevance(
     Args:
         output: the tensor to explain.
         wrt: a tensor, or several, that ``output`` depends on; ``.relevance`` of the result mirrors it. A tensor that
-            does not take part gets None.
+            does not take part gets None. Parameters beside other tensors are weights whose own relevance is read on
+            the way, as with ``explain(parameters=...)``: they change nothing for the others.
         initial: relevance of ``output``, of its shape; by default the output itself.
         composite, on_unknown: as in :func:`explain`.
     """
     rules = composite_named(composite)
+    _check(on_unknown)
     tensors = [wrt] if isinstance(wrt, Tensor) else list(wrt)
     if not tensors or not all(isinstance(t, Tensor) for t in tensors):
         raise InputError("wrt must be a tensor or a sequence of tensors")
@@ -121,15 +130,32 @@ def relevance(
     else:
         seed = make_seed(output, initial)
     run = _Run(seed, rules, on_unknown, release=False)
-    for tensor in tensors:
-        run.want(tensor, tensor.detach())
+    run.captured[run.root] = (output.detach(), output._version)
+    if all(isinstance(t, nn.Parameter) for t in tensors):
+        raise InputError("wrt holds parameters alone; name an input beside them, whose relevance they pass on")
+    for number, tensor in enumerate(tensors):
+        if isinstance(tensor, nn.Parameter):
+            run.observe(str(number), tensor)
+        else:
+            run.want(tensor, tensor.detach())
     explanation = run.explain(check=False)
     if not explanation.finite():
         run.explain(check=True)
         raise NonFiniteError("relevance is not finite")
-    found = explanation.relevance
-    explanation.relevance = found[0] if isinstance(wrt, Tensor) else type(wrt)(found) if isinstance(wrt, list) else tuple(found)
+    attributed = iter(explanation.relevance)
+    found = [
+        explanation.parameters.pop(str(number)) if str(number) in run.leaves else next(attributed)
+        for number in range(len(tensors))
+    ]
+    explanation.relevance = (
+        found[0] if isinstance(wrt, Tensor) else type(wrt)(found) if isinstance(wrt, list) else tuple(found)
+    )
     return explanation
+
+
+def _check(on_unknown: str) -> None:
+    if on_unknown not in ("error", "gradient"):
+        raise InputError(f"on_unknown is 'error' or 'gradient', not {on_unknown!r}")
 
 
 def _names(names: Names) -> tuple[str, ...]:
@@ -153,6 +179,7 @@ class _Run:
         """Positions in ``wanted`` per result."""
         self.shapes: list[torch.Size] = []
         self.captured: dict[Edge, tuple[Tensor, int]] = {}
+        self.recorded: list[tuple[Node, int, Tensor]] = []
         self.taps: dict[str, list[Edge | None]] = {}
         self.leaves: dict[str, Edge | None] = {}
         self.rebuild: Callable[[list[Tensor | None]], Any] = lambda values: values
@@ -212,6 +239,7 @@ class _Run:
 
     def keep(self, recorded: list[tuple[Node, int, Tensor]]) -> None:
         """Values of tensors, for promises."""
+        self.recorded = recorded
         for node, number, value in recorded:
             edge = self.graph.edge(node, number)
             if edge is not None:
@@ -224,9 +252,22 @@ class _Run:
         node, number = get_gradient_edge(tensor)[:2]
         return self.graph.edge(node, number)
 
-    @torch.no_grad()
     def explain(self, check: bool) -> Explanation:
         """One pass."""
+        try:
+            with torch.no_grad(), torch.autocast(self.start.device.type, enabled=False):
+                return self._explain(check)
+        except RuntimeError as error:
+            if "modified by an inplace operation" in str(error):
+                raise BrokenPromiseError(f"a tensor that the graph saved was changed in place: {error}") from error
+            if FREED not in str(error):
+                raise
+            raise FreedGraphError(
+                "the saved tensors of this graph are gone: a backward pass freed them. Explain before backward(), or "
+                "call backward(retain_graph=True)."
+            ) from error
+
+    def _explain(self, check: bool) -> Explanation:
         sources = [edge for edge, _ in self.wanted if edge is not None]
         if not sources:
             raise NoPathError(
@@ -265,6 +306,8 @@ class _Run:
             value = found[source]
             if value is not None and source in plan.ends:
                 ledger.book("inputs", self.graph.names[source.node], sequences[source], value.sum())
+        if ledger.unresolved and ledger.closes:
+            ledger.unresolved.clear()  # constants that nobody kept add up to nothing: paddings and masks
         results: list[Tensor | None] = []
         for group, shape in zip(self.groups, self.shapes, strict=True):
             parts = []
@@ -286,7 +329,7 @@ class _Run:
 
     def _plan(self, structure: Structure, path: Callable[[int], str]) -> Plan:
         try:
-            return make_plan(structure, self.composite, self.on_unknown)
+            return make_plan(structure, self.composite, self.on_unknown, REGISTRY.version)
         except UnknownNodes as error:
             raise UnknownOperationError(
                 [(name, path(self.graph.nodes[index]._sequence_nr())) for index, name in error.nodes]
@@ -371,7 +414,17 @@ class _Request:
 
     def diagnose(self) -> None:
         """Run again with every value looked at, and raise for the first that is not finite."""
-        run = self.forward(release=False)
+        for number, leaf in enumerate(pytree.tree_leaves(_plain(self.inputs))):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+                raise NonFiniteError(f"input {number} holds NaN or infinity")
+        run = self.forward(release=False, record=True)
+        assert run.recording is not None
+        for node, _, value in run.recorded:
+            if bool((torch.isnan(value) | (value == torch.inf)).any()):  # scores may be masked with -inf
+                path = run.recording.path(node._sequence_nr())
+                raise NonFiniteError(f"an activation is not finite first behind {node.name()} in {path or 'the model'}")
+        if not bool(torch.isfinite(run.value).all()):
+            raise NonFiniteError("the explained output is not finite")
         run.explain(check=True)
         raise NonFiniteError("relevance is not finite")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,11 +40,10 @@ class Explanation:
         return [t for t in pytree.tree_leaves(self.relevance) if isinstance(t, Tensor)]
 
     def finite(self) -> bool:
-        """Whether no relevance is NaN or infinite."""
-        tensors = [*self.tensors(), self.value]
-        if all(math.isfinite(tensor.sum()) for tensor in tensors):
-            return True
-        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+        """Whether no relevance, and nothing in the ledger, is NaN or infinite."""
+        tensors = [*self.tensors(), self.value, self.ledger.amounts()]
+        sums = torch.stack([t.sum().double() for t in tensors])
+        return bool(torch.isfinite(sums).all()) or all(bool(torch.isfinite(t).all()) for t in tensors)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python numbers and lists, ready for JSON."""
@@ -126,9 +124,7 @@ class Explanation:
         def of(given: Any, number: int) -> Any:
             return given if given is None or sample is not None else given[number]
 
-        panels = [
-            self._panel(n, of(image, n), of(tokens, n), of(values, n), entry, None, text=True) for n in numbers
-        ]
+        panels = [self._panel(n, of(image, n), of(tokens, n), of(values, n), entry, None, text=True) for n in numbers]
         return plot.save(
             path,
             *panels,
@@ -167,14 +163,15 @@ class Explanation:
 
     def __repr__(self) -> str:
         def shape(value: Any) -> str:
-            return f"{tuple(value.shape)}" if isinstance(value, Tensor) else "unattributed"
+            if isinstance(value, Tensor):
+                return f"{tuple(value.shape)}"
+            if isinstance(value, dict):
+                return ", ".join(f"{name}: {shape(inner)}" for name, inner in value.items())
+            if isinstance(value, tuple | list):
+                return "[" + ", ".join(map(shape, value)) + "]"
+            return "unattributed"
 
-        if isinstance(self.relevance, dict):
-            parts = ", ".join(f"{name}: {shape(value)}" for name, value in self.relevance.items())
-        elif isinstance(self.relevance, tuple | list):
-            parts = ", ".join(shape(value) for value in self.relevance)
-        else:
-            parts = shape(self.relevance)
+        parts = shape(self.relevance)
         values = ", ".join(f"{v:.4g}" for v in self.value[:4].tolist()) + (" ..." if len(self.value) > 4 else "")
         return (
             f"Explanation(relevance {parts}; value [{values}]; composite {self.composite}; "

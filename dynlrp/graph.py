@@ -65,9 +65,7 @@ class Graph:
         for name, node in zip(self.names, self.nodes, strict=True):
             operation = REGISTRY.get(name)
             facts.append(operation.facts(node) if operation is not None and operation.facts is not None else None)
-        return Structure(
-            self.names, self.operands, tuple(facts), root, tuple(sources), seeded, tuple(observed), paths
-        )
+        return Structure(self.names, self.operands, tuple(facts), root, tuple(sources), seeded, tuple(observed), paths)
 
 
 def _topological(root: Node) -> tuple[list[Node], tuple[tuple[Edge | None, ...], ...]]:
@@ -92,7 +90,5 @@ def _topological(root: Node) -> tuple[list[Node], tuple[tuple[Edge | None, ...],
         stack.pop()
         index[node] = len(nodes)
         nodes.append(node)
-        operands.append(
-            tuple([None if child is None else Edge(index[child], output) for child, output in following])
-        )
+        operands.append(tuple([None if child is None else Edge(index[child], output) for child, output in following]))
     return nodes, tuple(operands)

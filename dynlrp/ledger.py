@@ -83,9 +83,15 @@ class Ledger:
             totals[account, key(sequence, name)] += amount
         return dict(totals)
 
+    def amounts(self) -> Tensor:
+        """All entries, in float64."""
+        if len({(a.dtype, a.device) for a in self._amounts}) > 1:
+            return torch.stack([a.double().to(self._output.device) for a in self._amounts])
+        return torch.stack(self._amounts).double() if self._amounts else torch.zeros(0, dtype=torch.float64)
+
     def _values(self) -> list[float]:
         if self._sums is None or len(self._sums) != len(self._amounts):
-            self._sums = torch.stack([a.double() for a in self._amounts]).tolist() if self._amounts else []
+            self._sums = self.amounts().tolist()
         return self._sums
 
     def __repr__(self) -> str:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from dynlrp.composite import Composite, Site
-from dynlrp.errors import NoPathError
+from dynlrp.errors import InputError, NoPathError
 from dynlrp.graph import LEAF, Edge, Structure
 from dynlrp.roles import NO_ROLE, Role, roles
 from dynlrp.rules import Ungated
@@ -86,6 +86,11 @@ class StepPlan:
         )
 
     @property
+    def counted(self) -> tuple[bool, ...]:
+        """Operands whose relevance is accounted for elsewhere."""
+        return tuple(a or b for a, b in zip(self.signals, self.booked, strict=True))
+
+    @property
     def balances(self) -> bool:
         """Only the activations on both sides tell how much was lost here."""
         return self.hidden or self.fallback
@@ -107,11 +112,11 @@ class Plan:
 
 
 @lru_cache(maxsize=64)
-def make_plan(structure: Structure, composite: Composite, on_unknown: str = "error") -> Plan:
+def make_plan(structure: Structure, composite: Composite, on_unknown: str = "error", version: int = 0) -> Plan:
     """Settle the rule, the operands to follow and the gauges for every node on a path from root to a source.
 
-    Raises :class:`UnknownNodes` with every node nobody has a rule for, and :class:`NoPathError` where no relevance can
-    reach a source.
+    ``version`` is the registry's, whose entries the plan depends on. Raises :class:`UnknownNodes` with every node
+    nobody has a rule for, and :class:`NoPathError` where no relevance can reach a source.
     """
     return _Planner(structure, composite, on_unknown).plan()
 
@@ -191,6 +196,11 @@ class _Planner:
                     last=index in outermost,
                 )
                 chosen = self.composite.pick(site) or (Ungated() if "self gate" in role.names else usual)
+                if chosen.families and family not in chosen.families:
+                    raise InputError(
+                        f"composite {self.composite.name!r} gives {type(chosen).__name__} to {name}, which is of "
+                        f"family {family!r}; that rule is for {', '.join(sorted(chosen.families))}"
+                    )
                 self.rules.append(chosen)
                 self.letters.append(chosen.operands(operation, role.gate))
             self.kinds.append(self._node_kind(index, name))
@@ -236,9 +246,7 @@ class _Planner:
         if sign != "same":
             return sign == "nonnegative"
         operands = self.s.operands[index]
-        return all(
-            edge is not None and edge not in self.sources and self.nonnegative[edge.node] for edge in operands
-        )
+        return all(edge is not None and edge not in self.sources and self.nonnegative[edge.node] for edge in operands)
 
     def _nearest_output(self) -> frozenset[int]:
         """Linear operations with no other between them and the output."""
@@ -312,7 +320,9 @@ class _Planner:
             alone = len(step.operands) == 1 and step.signals == (True,) and step.operation.copies
             step.moves = step.operands[0] if step.plain and alone else None
         ends = frozenset(edge for edge in self.sources if not self.reaches[edge.node])
-        return Plan(tuple(steps), tuple(s for s in steps if s.settles), frozenset(relevance), ends, self.consumers, self.roles)
+        return Plan(
+            tuple(steps), tuple(s for s in steps if s.settles), frozenset(relevance), ends, self.consumers, self.roles
+        )
 
     def _step(self, index: int, absorbed: dict[int, StepPlan], unknown: list[tuple[int, str]]) -> StepPlan:
         name = self.s.names[index]

@@ -179,9 +179,7 @@ def heatmap(
     """
     array = _array(relevance, "relevance")
     if array.ndim not in (2, 3, 4) or pool < 1:
-        raise ValueError(
-            f"relevance must be (H, W), (C, H, W) or (B, C, H, W), not {array.shape}; pool positive"
-        )
+        raise ValueError(f"relevance must be (H, W), (C, H, W) or (B, C, H, W), not {array.shape}; pool positive")
     batch = array.ndim == 4
     pixels = array if array.ndim == 2 else array.sum(-3)
     for axis in (-2, -1):
@@ -437,9 +435,7 @@ def save(
         text = page.render(title=title, facts=facts, panels=shown, ledger=ledger, output=total)
         path.write_text(text, encoding="utf-8")
     else:
-        problem = (
-            "a PNG needs a panel" if path.suffix.lower() == ".png" else "the suffix must be .png or .html"
-        )
+        problem = "a PNG needs a panel" if path.suffix.lower() == ".png" else "the suffix must be .png or .html"
         raise ValueError(f"cannot write {path.name!r}: {problem}")
     return path
 

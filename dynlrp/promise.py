@@ -8,7 +8,7 @@ from its operands' promises. Values that several wait for are kept once and free
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -138,9 +138,7 @@ class Promises:
                 if operation is None or operation.replay is None or current.output != 0:
                     recipe = Recipe(broken=f"{self._names[current.node]} cannot be recomputed")
                 elif self._hidden(operation, current.node):
-                    recipe = Recipe(
-                        broken=f"{self._names[current.node]} adds a constant that the graph did not record"
-                    )
+                    recipe = Recipe(broken=f"{self._names[current.node]} adds a constant that the graph did not record")
                 else:
                     waiting = [e for e in inputs if e is not None and (e, False) not in self._recipes]
                     if waiting:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -94,9 +94,14 @@ class LiveStep:
 
 
 def vjp(node: Node, grads: Grads) -> Sequence[Tensor | None]:
-    """Call a node. A node of a ``torch.autograd.Function`` is called by ``apply``."""
-    result = node.apply(*grads) if isinstance(node, torch._C._FunctionBase) else node(*grads)  # type: ignore[attr-defined]
-    return result if isinstance(result, tuple) else (result,)
+    """Call a node. A node of a ``torch.autograd.Function`` answers for every argument of its forward, tensor or not."""
+    if not isinstance(node, torch._C._FunctionBase):
+        result = node(*grads)
+        return result if isinstance(result, tuple) else (result,)
+    result = node.apply(*grads)  # type: ignore[attr-defined]
+    result = result if isinstance(result, tuple) else (result,)
+    needed = iter([value for value, needs in zip(result, node.needs_input_grad, strict=False) if needs])
+    return [None if child is None else next(needed, None) for child, _ in node.next_functions]
 
 
 class Walk:
@@ -156,7 +161,7 @@ class Walk:
                     else:
                         live.met.add(Need(position))
             if step.balances:
-                wanted = [OUTPUT] + [Need(i) for i, signal in enumerate(step.signals) if signal]
+                wanted = [OUTPUT] + [Need(i) for i, counts in enumerate(step.counted) if counts]
                 if any(live.settle(Need(need.operand, optional=True)) for need in wanted):
                     self._unresolved(step)
                     live.met = {need for need in live.met if not need.optional}
@@ -189,7 +194,7 @@ class Walk:
                 if step.moves is None or careful:
                     self._visit(step, grads)
                 else:
-                    self._receive(step.moves, nodes[index](*grads))
+                    self._receive(step.moves, cast(Tensor, vjp(nodes[index], grads)[0]))
             if self.release:
                 self._live.pop(index, None)
                 nodes[index] = None
@@ -211,10 +216,10 @@ class Walk:
             raise
         except Exception as error:
             raise self._explained(error, step) from error
-        if len(results) != len(step.operands):
+        if not isinstance(results, Sequence) or len(results) != len(step.operands):
+            count = f"{len(results)} values" if isinstance(results, Sequence) else type(results).__name__
             raise RuleError(
-                f"{type(step.rule).__name__} on {self._place(step)} returned {len(results)} values for "
-                f"{len(step.operands)} operands"
+                f"{type(step.rule).__name__} on {self._place(step)} returned {count} for {len(step.operands)} operands"
             )
         if live is not None and step.balances:
             self._balance(step, live, grads, results)
@@ -225,6 +230,11 @@ class Walk:
 
     def _hand_on(self, step: StepPlan, live: LiveStep | None, position: int, edge: Edge, value: Tensor) -> None:
         """Bring a result to the operand's shape and dtype, as autograd's engine would, and to its next node."""
+        if not isinstance(value, Tensor):
+            raise RuleError(
+                f"{type(step.rule).__name__} on {self._place(step)} returned {type(value).__name__} for operand "
+                f"{position}, not a tensor"
+            )
         expected = self.graph.nodes[edge.node]._input_metadata[edge.output]
         shape, dtype = expected.shape, expected.dtype
         if list(value.shape) != shape:
@@ -270,10 +280,13 @@ class Walk:
             return None
         activation = self.promises.take(Edge(step.index, output), step.gated)
         if step.relevance_in:
-            return value * activation
+            return torch.where(value == 0, 0.0, value * activation)  # masked scores may be infinite
         multiplier = torch.where(activation == 0, 0.0, value / activation).to(value.dtype)
         self.ledger.book(
-            "absorbed", step.name, self.graph.nodes[step.index]._sequence_nr(), value.sum() - dot(multiplier, activation)
+            "absorbed",
+            step.name,
+            self.graph.nodes[step.index]._sequence_nr(),
+            value.sum() - dot(multiplier, activation),
         )
         return multiplier
 
@@ -281,12 +294,11 @@ class Walk:
         """Book what went in and did not come out, where only the activations tell."""
         if Need(None, optional=True) not in live.met or grads[0] is None:
             return
-        amount = grads[0].sum() if step.relevance_in else dot(grads[0], live.output())
-        for position, signal in enumerate(step.signals):
+        amount = grads[0].sum() if step.relevance_in else _inner(grads[0], live.output())
+        for position, counts in enumerate(step.counted):
             value = results[position]
-            if not signal or value is None:
-                continue
-            amount = amount - (value.sum() if step.emits_relevance else (value * live.operand(position)).sum())
+            if counts and value is not None:
+                amount = amount - (value.sum() if step.emits_relevance else _inner(value, live.operand(position)))
         live.book("held back" if step.fallback else "constants", amount)
 
     def _reduce(self, step: StepPlan, position: int, value: Tensor, shape: list[int]) -> Tensor:
@@ -334,3 +346,8 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     if a.ndim != 1:
         a, b = a.reshape(-1), b.reshape(-1)
     return torch.dot(a, b if b.dtype == a.dtype else b.to(a.dtype))
+
+
+def _inner(m: Tensor, x: Tensor) -> Tensor:
+    """Sum of products where masked scores may be infinite: no multiplier, no relevance."""
+    return torch.where(m == 0, 0.0, m * x).sum()

@@ -20,6 +20,8 @@ class EpsilonSum(Rule):
     With ``epsilon=0`` it is the VJP, which every sum has without this rule.
     """
 
+    families = frozenset({"addition"})
+
     epsilon: float = 1e-6
 
     def needs(self, step: StepShape) -> Sequence[Need]:
@@ -41,6 +43,8 @@ class Magnitude(Rule):
 
     A summand that carries no signal takes its share too. Where both are 0 the relevance is absorbed.
     """
+
+    families = frozenset({"addition"})
 
     consumes = "relevance"
     emits = "relevance"

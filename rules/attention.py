@@ -1,9 +1,9 @@
 """Softmax and fused scaled-dot-product attention.
 
 AttnLRP (Achtibat et al. 2024) gives softmax its own VJP and shares both matrix products equally. For
-O = softmax(Q K^T) V that is the kernel's own backward with its results scaled: Q / 4, K / 4, V / 2. CP-LRP (Ali et al. 2022) treats the
-attention weights as coefficients: 0, 0, 1. So the fused kernel's backward is called once and memory stays linear in
-the sequence length.
+O = softmax(Q K^T) V that is the kernel's own backward with its results scaled: Q / 4, K / 4, V / 2. CP-LRP (Ali et
+al. 2022) treats the attention weights as coefficients: 0, 0, 1. So the fused kernel's backward is called once and
+memory stays linear in the sequence length.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class Attention(Rule):
     ``query`` the share of the queries in the scores. Where only queries or only keys carry the signal, they take the
     whole score.
     """
+
+    families = frozenset({"attention"})
 
     scores: float = 0.5
     query: float = 0.5
@@ -82,6 +84,8 @@ class SoftmaxVJP(Rule):
     Rows of m_x sum to zero, so sum(m_x x) = sum(m_x log p), which needs no input and holds for masked scores too.
     """
 
+    families = frozenset({"softmax"})
+
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
         g = grads[0]
         if g is None:
@@ -95,9 +99,7 @@ class SoftmaxVJP(Rule):
 
 
 for _name in ("SoftmaxBackward0", "SafeSoftmaxBackward0"):
-    register(
-        Operation(_name, "softmax", rule=SoftmaxVJP(), operands="+", result="result", sign="nonnegative")
-    )
+    register(Operation(_name, "softmax", rule=SoftmaxVJP(), operands="+", result="result", sign="nonnegative"))
 
 _factors = {0: "query", 1: "key", 2: "value"}
 for _name, _operands in (
@@ -107,6 +109,4 @@ for _name, _operands in (
     ("ScaledDotProductEfficientAttentionBackward0", {**_factors, 3: "attn_bias"}),
     ("ScaledDotProductFusedAttentionOverrideableBackward0", {**_factors, 3: "attn_bias"}),
 ):
-    register(
-        Operation(_name, "attention", rule=Attention(), operands="***+", saved=_operands, result="output")
-    )
+    register(Operation(_name, "attention", rule=Attention(), operands="***+", saved=_operands, result="output"))

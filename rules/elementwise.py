@@ -41,6 +41,8 @@ class Function(NamedTuple):
 class Secant(Rule):
     """m_x = m (f(x) - f(0)) / x."""
 
+    families = frozenset({"elementwise"})
+
     def needs(self, step: StepShape) -> Sequence[Need]:
         return [Need(0)]
 
@@ -124,11 +126,11 @@ elementwise(
 elementwise("SqrtBackward0", Function(lambda s, x: torch.sqrt(x), slope=0.0), result="result", sign="nonnegative")
 
 # f(0) is not 0
-elementwise(
-    "SigmoidBackward0", Function(lambda s, x: torch.sigmoid(x), 0.5, 0.25), result="result", sign="nonnegative"
-)
+elementwise("SigmoidBackward0", Function(lambda s, x: torch.sigmoid(x), 0.5, 0.25), result="result", sign="nonnegative")
 elementwise("ExpBackward0", Function(lambda s, x: torch.exp(x), 1.0), result="result", sign="nonnegative")
-elementwise("Exp2Backward0", Function(lambda s, x: torch.exp2(x), 1.0, math.log(2)), result="result", sign="nonnegative")
+elementwise(
+    "Exp2Backward0", Function(lambda s, x: torch.exp2(x), 1.0, math.log(2)), result="result", sign="nonnegative"
+)
 elementwise("CosBackward0", Function(lambda s, x: torch.cos(x), 1.0, 0.0))
 elementwise(
     "SoftplusBackward0",
@@ -140,9 +142,7 @@ elementwise(
     sign="nonnegative",
 )
 elementwise("HardsigmoidBackward0", Function(lambda s, x: F.hardsigmoid(x), 0.5, 1 / 6), sign="nonnegative")
-elementwise(
-    "LogSigmoidBackward0", Function(lambda s, x: F.logsigmoid(x), -math.log(2), 0.5)
-)
+elementwise("LogSigmoidBackward0", Function(lambda s, x: F.logsigmoid(x), -math.log(2), 0.5))
 
 
 def _bounds(node: Any) -> tuple[float | None, float | None]:
@@ -212,7 +212,9 @@ register(
         operands="+",
         saved={0: "self"},
         facts=lambda node: node._saved_exponent,
-        sign=lambda exponent: "nonnegative" if exponent % 2 == 0 else "same" if exponent == int(exponent) else "nonnegative",
+        sign=lambda exponent: (
+            "nonnegative" if exponent % 2 == 0 else "same" if exponent == int(exponent) else "nonnegative"
+        ),
         replay=lambda step, x: x ** step.saved("exponent"),
     )
 )

@@ -68,9 +68,7 @@ register(
 )
 register(Operation("WhereBackward0", "indexing", operands="++", copies=True, replay=_where, hides=_missing))
 # The fill value is not recorded; relevance of a value other than 0 shows in the ledger.
-register(
-    Operation(
-        "MaskedFillBackward0", "indexing", operands="+", copies=True, hides=lambda facts, present: True
-    )
-)
+register(Operation("MaskedFillBackward0", "indexing", operands="+", copies=True, hides=lambda facts, present: True))
 register(Operation("MaskedFillBackward1", "indexing", operands="++", copies=True, hides=_missing))
+# Written values and what they are written into are both added to nothing else. Accumulating adds them up.
+register(Operation("IndexPutBackward0", "indexing", operands="++", copies=True, hides=_missing))

@@ -94,6 +94,8 @@ def divide(relevance: Tensor, z: Tensor, epsilon: float) -> Tensor:
 class TermRule(Rule):
     """Base of the rules that are sums of terms."""
 
+    families = frozenset({"dense", "convolution"})
+
     epsilon: float = field(default=1e-6, kw_only=True)
     bias: bool = field(default=True, kw_only=True)
 
@@ -127,7 +129,7 @@ class TermRule(Rule):
         for terms, relevance, z in self.groups(step, x, w, b, r):
             if z is None:
                 z = sum_terms(step, terms)
-            s = divide(relevance, z, self.epsilon)
+            s = divide(relevance, z, self.epsilon).to(w.dtype)  # under autocast z may be wider
             passed = passed + (s * z).sum()
             for term in terms:
                 if step.wants[math.input(step)]:
@@ -158,7 +160,7 @@ class TermRule(Rule):
             b = math.bias_value(step, step.operand(math.bias))
         if step.merged is not None:
             scale, shift = step.merged.operation.math.affine(step.merged)
-            w = math.scaled(step, w, scale)
+            w = math.scaled(step, w, scale).to(w.dtype)
             if self.bias:
                 shift = math.column(step, shift)
                 b = shift if b is None else b * math.column(step, scale) + shift
@@ -304,9 +306,7 @@ class AlphaBeta(TermRule):
         plus, minus = w.clamp(min=0), w.clamp(max=0)
         groups = [Group(_signed(step, x, plus, minus, None if b is None else b.clamp(min=0)), self.alpha * r)]
         if self.beta:
-            groups.append(
-                Group(_signed(step, x, minus, plus, None if b is None else b.clamp(max=0)), -self.beta * r)
-            )
+            groups.append(Group(_signed(step, x, minus, plus, None if b is None else b.clamp(max=0)), -self.beta * r))
         return groups
 
 
@@ -414,7 +414,7 @@ class MatrixProduct:
         return w
 
     def factor(self, step: Step) -> float:
-        return 1.0 if self.bias is None else step.saved("alpha")  # type: ignore[no-any-return]
+        return 1.0 if self.bias is None else step.saved("alpha")
 
     def forward(self, step: Step, x: Tensor, w: Tensor) -> Tensor:
         return x @ w if self.input(step) == self.first else w @ x

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from dynlrp.rules.operation import Grads, Operation, Rule, Step, register
 
+
 @dataclass(frozen=True)
 class Statistic(Rule):
     """Linear in the input for fixed statistics; the bias takes its share."""
+
+    families = frozenset({"normalization"})
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
         g = grads[0]

@@ -76,6 +76,11 @@ class Rule:
     """How relevance passes one operation. Subclasses are frozen dataclasses, so that a composite is plain data."""
 
     @property
+    def families(self) -> frozenset[str]:
+        """The operation families the rule is for; empty for a rule that fits any."""
+        return frozenset()
+
+    @property
     def consumes(self) -> Gauge:
         """Gauge of what the rule is given for each output."""
         return "multiplier"
@@ -188,7 +193,21 @@ class Operation:
         return letters[min(index, len(letters) - 1)] if letters else "+"
 
 
-REGISTRY: dict[str, Operation] = {}
+class Registry(dict[str, Operation]):
+    """Operations by exact node name. ``version`` changes with every entry, so that plans know when they are old."""
+
+    version = 0
+
+    def __setitem__(self, name: str, operation: Operation) -> None:
+        super().__setitem__(name, operation)
+        self.version += 1
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.version += 1
+
+
+REGISTRY = Registry()
 
 
 def register(operation: Operation) -> Operation:
@@ -236,6 +255,21 @@ class FunctionRule(Rule):
 
 
 __all__ = [
-    "OUTPUT", "REGISTRY", "Account", "Gauge", "Gradient", "Grads", "Hold", "Need", "Operation", "Rule", "Step", "StepShape",
-    "VJP", "linear_operation", "register", "replace", "rule",
+    "OUTPUT",
+    "REGISTRY",
+    "VJP",
+    "Account",
+    "Gauge",
+    "Gradient",
+    "Grads",
+    "Hold",
+    "Need",
+    "Operation",
+    "Rule",
+    "Step",
+    "StepShape",
+    "linear_operation",
+    "register",
+    "replace",
+    "rule",
 ]  # fmt: skip

@@ -47,9 +47,7 @@ register(
     )
 )
 register(
-    Operation(
-        "MaxPool3DWithIndicesBackward0", "choice", operands="+", copies=True, saved={0: "self"}, sign="same"
-    )
+    Operation("MaxPool3DWithIndicesBackward0", "choice", operands="+", copies=True, saved={0: "self"}, sign="same")
 )
 linear_operation("AvgPool2DBackward0", family="pooling", saved={0: "self"}, sign="same", replay=_avg_pool2d)
 linear_operation("AvgPool3DBackward0", family="pooling", saved={0: "self"}, sign="same")

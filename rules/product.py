@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dynlrp.rules.operation import Grads, Need, Operation, Rule, Step, StepShape, register
+from dynlrp.rules.operation import Grads, Need, Operation, Rule, Step, StepShape, linear_operation, register
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class Shares(Rule):
     """A product of two signals passes each its VJP times its share; with one signal the other is a coefficient and
     the signal takes all. Equal shares are AttnLRP's uniform rule (Achtibat et al. 2024, eq. 8 and proposition 3.3).
     """
+
+    families = frozenset({"product"})
 
     left: float = 0.5
     right: float = 0.5
@@ -115,3 +117,18 @@ register(
         replay=_divide,
     )
 )
+
+
+def _times(step: Any, x: Tensor) -> Tensor:
+    result: Tensor = x * step.saved("other")
+    return result
+
+
+def _over(step: Any, x: Tensor) -> Tensor:
+    result: Tensor = x / step.saved("other")
+    return result
+
+
+# By a number of the C++ side, as in attention written out there.
+linear_operation("MulBackward1", family="scaling", replay=_times)
+linear_operation("DivBackward1", family="scaling", replay=_over)

@@ -22,9 +22,7 @@ def dims(step: Any, name: str = "dim") -> list[int]:
 
 
 def _moves(name: str, replay: Callable[..., Tensor] | None = None, operands: str = "+", **traits: Any) -> None:
-    register(
-        Operation(name, "movement", operands=operands, copies=True, sign="same", replay=replay, **traits)
-    )
+    register(Operation(name, "movement", operands=operands, copies=True, sign="same", replay=replay, **traits))
 
 
 def _like_output(step: Any, x: Tensor) -> Tensor:
@@ -66,9 +64,7 @@ _moves("AsStridedBackward0")
 
 def _slice(step: Any, x: Tensor) -> Tensor:
     end = step.saved("end")
-    result: Tensor = torch.ops.aten.slice(
-        x, signed(step.saved("dim")), step.saved("start"), end, step.saved("step")
-    )
+    result: Tensor = torch.ops.aten.slice(x, signed(step.saved("dim")), step.saved("start"), end, step.saved("step"))
     return result
 
 
@@ -95,7 +91,8 @@ _moves(
 )
 
 # The value that a constant padding adds is not recorded.
-register(
-    Operation("ConstantPadNdBackward0", "movement", operands="+", copies=True, hides=lambda facts, present: True)
-)
+register(Operation("ConstantPadNdBackward0", "movement", operands="+", copies=True, hides=lambda facts, present: True))
 linear_operation("NegBackward0", family="movement", replay=lambda step, x: -x)
+
+# What full backward hooks on a module put around it.
+linear_operation("BackwardHookFunctionBackward", family="movement")

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+
 from dynlrp import Composite, explain
 from dynlrp.composite import COMPOSITES, FLAT_FIRST, epsilon_gamma_box
 from dynlrp.rules import AlphaBeta, Epsilon, Flat, Gamma, Rule, WSquare, ZBox, ZPlus
-from torch import Tensor, nn
-
 from tests.peers import models
 
 ZENNIT = np.load(Path(__file__).parent / "peers" / "zennit.npz")
@@ -96,9 +96,7 @@ def network_cases() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("name", "case"), network_cases())
 def test_composites_equal_zennit(name: str, case: str) -> None:
     network = load(models.build(name, models.NETWORKS), ZENNIT, f"network/{name}/state/")
-    explanation = explain(
-        network, stored(ZENNIT, f"network/{name}/input"), None, composite=NETWORK_COMPOSITES[case]
-    )
+    explanation = explain(network, stored(ZENNIT, f"network/{name}/input"), None, composite=NETWORK_COMPOSITES[case])
     # zennit stabilises average pooling and residual sums with 1e-6 too, where we are exact; that moves relevance by
     # 1e-6 over the size of the activations there, which are of order 0.1 to 1.
     close(explanation.relevance, stored(ZENNIT, f"network/{name}/relevance/{case}"), 1e-4)

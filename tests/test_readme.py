@@ -1,0 +1,45 @@
+"""The examples of the README run as they stand, and its table of composites is complete."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynlrp import COMPOSITES
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+
+
+def run_blocks(page: Path) -> int:
+    """Execute a page's Python blocks in order and in one namespace; returns how many there were."""
+    text = page.read_text("utf-8")
+    blocks = list(BLOCK.finditer(text))
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks:
+        above = text.count("\n", 0, block.start(2))  # so that a traceback shows the line in the page
+        code = re.sub(f"^{block[1]}", "", block[2], flags=re.MULTILINE)
+        exec(compile("\n" * above + code, str(page), "exec", dont_inherit=True), namespace)
+    return len(blocks)
+
+
+@pytest.mark.usefixtures("registry")
+def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks(ROOT / "README.md")
+    assert (tmp_path / "image.png").stat().st_size
+    assert (tmp_path / "words.html").stat().st_size
+
+
+def test_readme_lists_every_composite() -> None:
+    rows = re.findall(r"^\| `(\w+)`", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert rows == list(COMPOSITES)
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    prose = BLOCK.sub("", (ROOT / "README.md").read_text("utf-8"))
+    links = re.findall(r"\]\((?!http)([^)]+)\)", prose)
+    assert [link for link in links if not (ROOT / link).exists()] == []

@@ -1,0 +1,211 @@
+"""Roles are read from the structure of a graph, whoever wrote the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynlrp import Composite, When, explain
+from dynlrp.rules import VJP, Operation, Rule
+from dynlrp.rules.operation import Grads, Step
+from tests.oracle import agrees, draw, same
+from tests.test_product import gelu_erf, gelu_tanh, gelu_tanh_factors
+
+
+class Spy(Rule):
+    """Notes which operations it was chosen for, with the operand that gates."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int | None]] = []
+
+    def operands(self, operation: Operation, gate: int | None) -> str:
+        self.seen.append((operation.name, gate))
+        return operation.operands
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        return VJP()(step, grads)
+
+
+def found(model: Callable[..., Tensor], *inputs: Tensor) -> dict[str, list[tuple[str, int | None]]]:
+    """Operations by role."""
+    spies = {role: Spy() for role in ("attention", "gate", "self gate")}
+    for role, spy in spies.items():
+        explain(model, inputs, torch.sum, composite=Composite.of(role, {When(role=role): spy}))
+    return {role: sorted(set(spy.seen)) for role, spy in spies.items()}
+
+
+NOTHING: dict[str, list[tuple[str, int | None]]] = {"attention": [], "gate": [], "self gate": []}
+X, Y = draw(0, 2, 3), draw(1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("activation", "model"),
+    [
+        ("sigmoid", torch.sigmoid), ("silu", F.silu), ("gelu", F.gelu), ("tanh", torch.tanh),
+        ("hardsigmoid", F.hardsigmoid),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("left", [True, False])
+def test_gates(activation: str, model: Callable[[Tensor], Tensor], left: bool) -> None:
+    roles = found((lambda a, b: model(b) * a) if left else (lambda a, b: a * model(b)), X, Y)
+    assert roles == {**NOTHING, "gate": [("MulBackward0", 0 if left else 1)]}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda a, b: a * torch.sigmoid(b).view(3, 2).reshape(2, 3),
+        lambda a, b: a * torch.sigmoid(b)[:, :1],
+        lambda a, b: a * torch.sigmoid(b).mean(1, keepdim=True).expand(2, 3).sigmoid().unsqueeze(0).squeeze(0),
+    ],
+    ids=["view", "slice", "expand"],
+)
+def test_a_gate_may_be_moved_about(model: Callable[[Tensor, Tensor], Tensor]) -> None:
+    assert found(model, X, Y)["gate"] == [("MulBackward0", 1)]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda a, b: a * b,
+        lambda a, b: a * b.relu(),
+        lambda a, b: a * (1 + torch.sigmoid(b)),
+        lambda a, b: a * 2.0 + torch.sigmoid(b) * 3.0,
+        lambda a, b: a * torch.sigmoid(b.detach()),
+        lambda a, b: a * a + b * b,
+        lambda a, b: torch.sigmoid(a) + torch.sigmoid(b),
+        lambda a, b: a @ torch.sigmoid(b).t(),
+    ],
+)
+def test_other_products_are_no_gates(model: Callable[[Tensor, Tensor], Tensor]) -> None:
+    assert found(model, X, Y) == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("model", "gate"),
+    [
+        (lambda x: x * torch.sigmoid(x), 1),
+        (lambda x: torch.sigmoid(x) * x, 0),
+        (lambda x: x * torch.sigmoid(1.702 * x), 1),
+        (gelu_tanh, 1),
+        (gelu_tanh_factors, 1),
+        (gelu_erf, 1),
+        (lambda x: x * torch.tanh(F.softplus(x)), 1),
+        (lambda x: x * F.relu6(x + 3) / 6, 1),
+        (lambda x: 2 * x * torch.tanh(x / 3), 1),
+    ],
+    ids=["silu", "silu swapped", "quick gelu", "gelu tanh", "gelu factored", "gelu erf", "mish", "hardswish", "scaled"],
+)
+def test_activations_that_gate_themselves(model: Callable[[Tensor], Tensor], gate: int) -> None:
+    roles = found(model, X)
+    assert ("MulBackward0", gate) in roles["self gate"]
+    assert roles["gate"] == []
+    assert roles["attention"] == []
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x: x * x,
+        lambda x: x * (x + 1).mean(),
+        lambda x: x * torch.sigmoid(x.mean(1, keepdim=True)),
+        lambda x: x * torch.softmax(x, -1),
+        lambda x: x * torch.sigmoid(x @ x.t() @ x),
+        lambda x: x * torch.sigmoid(x.flip(0)),
+    ],
+    ids=["square", "mean", "squeeze and excitation", "softmax", "matmul", "flip"],
+)
+def test_a_function_of_other_entries_is_no_self_gate(model: Callable[[Tensor], Tensor]) -> None:
+    assert found(model, X)["self gate"] == []
+
+
+def test_squeeze_and_excitation_is_a_gate() -> None:
+    """A channel's weight comes from all channels through a sigmoid."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(3, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.sigmoid(self.mix(x.mean((2, 3))))[:, :, None, None]
+
+    assert found(Block(), draw(0, 2, 3, 4, 4)) == {**NOTHING, "gate": [("MulBackward0", 1)]}
+
+
+@pytest.mark.parametrize(
+    ("model", "product"),
+    [
+        (lambda q, k: torch.softmax(q @ k.transpose(-1, -2), -1) @ k, "BmmBackward0"),
+        (lambda q, k: torch.bmm(F.softmax(torch.bmm(q, k.transpose(1, 2)), -1), k), "BmmBackward0"),
+        (lambda q, k: torch.einsum("bls,bsd->bld", torch.softmax(q @ k.transpose(-1, -2), -1), k), "BmmBackward0"),
+        (lambda q, k: F.dropout(torch.softmax(q @ k.transpose(-1, -2), -1), 0.0, False) @ k, "BmmBackward0"),
+        (lambda q, k: torch.softmax(q @ k.transpose(-1, -2), -1).unsqueeze(1).squeeze(1) @ k, "BmmBackward0"),
+        (lambda q, k: k.transpose(1, 2) @ torch.softmax(q @ k.transpose(-1, -2), -1).transpose(1, 2), "BmmBackward0"),
+        (lambda q, k: (torch.softmax((q * k).sum(-1, keepdim=True), 1) * k).sum(1), "MulBackward0"),
+    ],
+    ids=["matmul", "bmm", "einsum", "dropout", "views", "transposed", "pooling"],
+)
+def test_attention(model: Callable[[Tensor, Tensor], Tensor], product: str) -> None:
+    roles = found(model, draw(0, 2, 4, 3), draw(1, 2, 4, 3))
+    assert roles["attention"] == [(product, None), ("SoftmaxBackward0", None)]
+    assert roles["gate"] == roles["self gate"] == []
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda q, k: torch.softmax(q @ k.transpose(-1, -2), -1),
+        lambda q, k: torch.softmax(q, -1) + k,
+        lambda q, k: torch.softmax(q, -1).log() + k,
+        lambda q, k: torch.softmax(q, -1) * 2.0 + k,
+    ],
+    ids=["scores", "sum", "log", "scaled"],
+)
+def test_a_softmax_that_weighs_nothing_has_no_role(model: Callable[[Tensor, Tensor], Tensor]) -> None:
+    assert found(model, draw(0, 2, 4, 3), draw(1, 2, 4, 3))["attention"] == []
+
+
+def test_a_softmax_times_a_constant_matrix() -> None:
+    """Class probabilities times fixed ratings: a linear layer, and the softmax keeps its relevance under CP-LRP."""
+    x, ratings = draw(0, 2, 5), draw(1, 5, 1)
+    p = torch.softmax(x, -1)
+    expected = x * p * (ratings.t() - (p @ ratings))
+    for composite in ("attnlrp", "cplrp"):
+        same(explain(lambda x: torch.softmax(x, -1) @ ratings, x, 0, composite=composite).relevance, expected)
+
+
+@pytest.mark.parametrize("statistic", ["rsqrt", "sqrt", "norm", "sum"])
+def test_statistics_carry_nothing(statistic: str) -> None:
+    """What a tensor is divided by is a coefficient, also where it comes from a second tensor."""
+    functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "rsqrt": lambda a, b: a * torch.rsqrt(b.pow(2).mean(-1, keepdim=True) + 1e-6),
+        "sqrt": lambda a, b: a / b.pow(2).mean(-1, keepdim=True).sqrt(),
+        "norm": lambda a, b: a / b.norm(dim=-1, keepdim=True),
+        "sum": lambda a, b: a / b.exp().sum(-1, keepdim=True),
+    }
+    m = draw(2, 2, 3)
+    explanation = explain(functions[statistic], (X, Y), lambda y: (y * m).sum())
+    same(explanation.relevance[0], functions[statistic](X, Y) * m)
+    assert explanation.relevance[1] is None or not explanation.relevance[1].any()
+    assert explanation.ledger.closes
+
+
+def test_roles_do_not_depend_on_names_or_depth() -> None:
+    """A hundred gated blocks: every gate is found, and its relevance is that of blocks written with the fused silu."""
+    weights = [draw(i, 4, 4) / math.sqrt(4) for i in range(100)]
+
+    def model(x: Tensor, silu: Callable[[Tensor], Tensor]) -> Tensor:
+        for w in weights:
+            x = x + 0.1 * silu(x @ w)
+        return x
+
+    x = draw(200, 2, 4)
+    fused = explain(lambda x: model(x, F.silu), x, torch.sum)
+    written = explain(lambda x: model(x, lambda h: h * torch.sigmoid(h)), x, torch.sum)
+    agrees(written, fused.relevance, fused.ledger.accounts)
