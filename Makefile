@@ -31,7 +31,7 @@ types: $(VENV)/.demo $(VENV)/.dev
 	@$(VENV)/bin/mypy
 
 docs: $(VENV)/.docs
-	@$(VENV)/bin/mkdocs build -q --strict -d $(SITE) && echo "written: $(SITE)/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build -q --strict -f docs/mkdocs.yml -d $(abspath $(SITE)) && echo "written: $(SITE)/index.html"
 
 clean:
 	rm -rf $(VENV) $(OUT) $(SITE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -41,9 +41,14 @@ class Explanation:
 
     def finite(self) -> bool:
         """Whether no relevance, and nothing in the ledger, is NaN or infinite."""
-        tensors = [*self.tensors(), self.value, self.ledger.amounts()]
-        sums = torch.stack([t.sum().double() for t in tensors])
-        return bool(torch.isfinite(sums).all()) or all(bool(torch.isfinite(t).all()) for t in tensors)
+        totals = [self.value, self.ledger.amounts()]
+        sums = torch.stack([t.sum().double() for t in (*self.tensors(), *totals)])
+        if bool(torch.isfinite(sums).all()):
+            return True
+        # A sum may overflow where none of its terms does, in half precision above all.
+        return all(bool(torch.isfinite(t).all()) for t in self.tensors()) and not any(
+            bool(torch.isnan(t).any()) for t in totals
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python numbers and lists, ready for JSON."""

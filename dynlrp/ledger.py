@@ -40,6 +40,13 @@ class Ledger:
         self._amounts.append(amount)
         self._places.append((account, sequence, name))
 
+    def __len__(self) -> int:
+        return len(self._amounts)
+
+    def since(self, number: int) -> Tensor | float:
+        """The sum of the entries from ``number`` on."""
+        return sum(self._amounts[number:]) if number < len(self._amounts) else 0.0
+
     @property
     def output(self) -> float:
         """The explained output, summed over the batch."""

@@ -13,7 +13,7 @@ from dynlrp.errors import InputError, NoPathError
 from dynlrp.graph import LEAF, Edge, Structure
 from dynlrp.roles import NO_ROLE, Role, roles
 from dynlrp.rules import Ungated
-from dynlrp.rules.operation import REGISTRY, VJP, Gradient, Grads, Need, Operation, Rule, Step
+from dynlrp.rules.operation import REGISTRY, VJP, Gradient, Grads, Hold, Need, Operation, Rule, Step
 
 
 class Kind(IntEnum):
@@ -93,7 +93,7 @@ class StepPlan:
     @property
     def balances(self) -> bool:
         """Only the activations on both sides tell how much was lost here."""
-        return self.hidden or self.fallback
+        return (self.hidden and self.rule.consumes == "multiplier") or self.fallback
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,8 @@ class _Planner:
                     last=index in outermost,
                 )
                 chosen = self.composite.pick(site) or (Ungated() if "self gate" in role.names else usual)
+                if operation.holds is not None and operation.holds(s.facts[index]):
+                    chosen = Hold()
                 if chosen.families and family not in chosen.families:
                     raise InputError(
                         f"composite {self.composite.name!r} gives {type(chosen).__name__} to {name}, which is of "
@@ -281,7 +283,6 @@ class _Planner:
             copies = step.operation.copies and isinstance(step.rule, VJP)
             in_relevance = any(Edge(index, output) in relevance for output in step.outputs)
             step.relevance_in = step.rule.consumes == "relevance" or (copies and in_relevance)
-            step.hidden = step.hidden and (step.rule.consumes == "multiplier")
             step.emits_relevance = step.rule.emits == "relevance" or (copies and step.relevance_in)
             carrier = step if step.merged is None else step.merged
             heads = followers.get(Edge(carrier.index, 0), [])

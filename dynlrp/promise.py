@@ -37,6 +37,9 @@ class Recipe:
     broken: str = ""
     """Why nobody can keep it."""
     waiting: int = 0
+    """Rules and replays that have yet to take the value."""
+    kept: Tensor | None = None
+    """The replayed value, as long as somebody waits for it."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,6 @@ class Promises:
         self._consumers = consumers
         self._captured = captured
         self._recipes: dict[tuple[Edge, bool], Recipe] = {}
-        self._values: dict[tuple[Edge, bool], Tensor] = {}
         self._lengths: list[int] = []
         self._internal: set[int] = set()
 
@@ -101,22 +103,15 @@ class Promises:
             recipe = self._resolve(edge, gated)
         if recipe.broken:
             return recipe.broken
-        recipe.waiting += 1
+        self._await(recipe)
         self._lengths.append(recipe.length)
         return ""
 
     def take(self, edge: Edge, gated: bool = False) -> Tensor:
         """The value of a settled promise; freed with its last taker."""
-        key = (edge, gated)
-        recipe = self._recipes[key]
-        if recipe.replay is None:
-            return self._read(recipe)
-        value = self._values.get(key)
-        if value is None:
-            value = self._values[key] = self._replay(edge)
-        recipe.waiting -= 1
-        if recipe.waiting <= 0:
-            del self._values[key]
+        recipe = self._recipes[(edge, gated)]
+        value = self._value(recipe)
+        self._release(recipe)
         return value
 
     def report(self, visited: int) -> PromiseReport:
@@ -203,38 +198,44 @@ class Promises:
             ) from error
         return value
 
-    def _replay(self, edge: Edge) -> Tensor:
-        """Recompute a tensor from its chain of operands; intermediate values live only as long as this call,
-        unless somebody else waits for them."""
-        local: dict[Edge, Tensor] = {}
-        stack = [edge]
+    def _await(self, recipe: Recipe) -> None:
+        """Count one more taker; the first makes the recipe's own inputs awaited."""
+        stack = [recipe]
+        while stack:
+            current = stack.pop()
+            current.waiting += 1
+            if current.replay is not None and current.waiting == 1:
+                stack.extend(self._recipes[(edge, False)] for edge in current.inputs if edge is not None)
+
+    def _release(self, recipe: Recipe) -> None:
+        recipe.waiting -= 1
+        if recipe.waiting <= 0:
+            recipe.kept = None
+
+    def _value(self, recipe: Recipe) -> Tensor:
+        """Read, or replay from operands up; every node is replayed once."""
+        stack = [recipe]
         while stack:
             current = stack[-1]
-            if current in local:
+            if current.replay is None or current.kept is not None:
                 stack.pop()
                 continue
-            recipe = self._recipes[(current, False)]
-            if recipe.replay is None:
-                local[current] = self._read(recipe)
-                stack.pop()
+            below = [None if edge is None else self._recipes[(edge, False)] for edge in current.inputs]
+            missing = [r for r in below if r is not None and r.replay is not None and r.kept is None]
+            if missing:
+                stack.extend(missing)
                 continue
-            kept = self._values.get((current, False))
-            if kept is not None:
-                local[current] = kept
-                stack.pop()
-                continue
-            waiting = [e for e in recipe.inputs if e is not None and e not in local]
-            if waiting:
-                stack.extend(waiting)
-                continue
-            operation = recipe.replay
-            assert operation.replay is not None
-            values = [None if e is None else local[e] for e in recipe.inputs]
-            local[current] = operation.replay(Operands(recipe.node), *values)
-            if recipe.waiting > 0 and current != edge:
-                self._values[(current, False)] = local[current]
+            values = [None if r is None else self._at_hand(r) for r in below]
+            assert current.replay.replay is not None
+            current.kept = current.replay.replay(Operands(current.node), *values)
+            for r in below:
+                if r is not None:
+                    self._release(r)
             stack.pop()
-        return local[edge]
+        return self._at_hand(recipe)
+
+    def _at_hand(self, recipe: Recipe) -> Tensor:
+        return recipe.kept if recipe.kept is not None else self._read(recipe)
 
 
 __all__ = ["FREED", "FreedGraphError", "PromiseReport", "Promises"]

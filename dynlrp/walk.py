@@ -206,6 +206,7 @@ class Walk:
         live = self._live.get(step.index)
         for output in step.converts:
             grads[output] = self._convert(step, output, grads[output])
+        booked = len(self.ledger)
         try:
             if live is None and step.plain:
                 results = vjp(self.graph.nodes[step.index], grads)
@@ -222,7 +223,7 @@ class Walk:
                 f"{type(step.rule).__name__} on {self._place(step)} returned {count} for {len(step.operands)} operands"
             )
         if live is not None and step.balances:
-            self._balance(step, live, grads, results)
+            self._balance(step, live, grads, results, booked)
         for position, edge in step.links:
             value = results[position]
             if value is not None:
@@ -290,8 +291,10 @@ class Walk:
         )
         return multiplier
 
-    def _balance(self, step: StepPlan, live: LiveStep, grads: Grads, results: Sequence[Tensor | None]) -> None:
-        """Book what went in and did not come out, where only the activations tell."""
+    def _balance(
+        self, step: StepPlan, live: LiveStep, grads: Grads, results: Sequence[Tensor | None], booked: int
+    ) -> None:
+        """Book what went in and neither came out nor was booked by the rule, where only the activations tell."""
         if Need(None, optional=True) not in live.met or grads[0] is None:
             return
         amount = grads[0].sum() if step.relevance_in else _inner(grads[0], live.output())
@@ -299,7 +302,7 @@ class Walk:
             value = results[position]
             if counts and value is not None:
                 amount = amount - (value.sum() if step.emits_relevance else _inner(value, live.operand(position)))
-        live.book("held back" if step.fallback else "constants", amount)
+        live.book("held back" if step.fallback else "constants", amount - self.ledger.since(booked))
 
     def _reduce(self, step: StepPlan, position: int, value: Tensor, shape: list[int]) -> Tensor:
         try:

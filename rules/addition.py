@@ -68,10 +68,10 @@ class Magnitude(Rule):
         step.book("absorbed", torch.where(whole == 0, r, 0.0).sum())
         for position, size in enumerate(sizes):
             share = size * unit
-            if step.signals[position]:
+            if step.wants[position]:
                 results[position] = share
             else:
-                step.book("parameters" if step.wants[position] else "constants", share.sum())
+                step.book("constants", share.sum())
         return results
 
 

@@ -22,13 +22,15 @@ from dynlrp.rules.operation import Grads, Hold, Need, Operation, Rule, Sign, Ste
 class Function(NamedTuple):
     """``value(step, x)`` is the function, ``zero`` and ``slope`` its value and derivative at 0.
 
-    ``secant(step, x)``, where given, is the secant through the origin in a form without division.
+    ``secant(step, x)``, where given, is the secant through the origin in a form without division, and ``rise(step, x)``
+    is ``f(x) - f(0)`` in a form that keeps its digits near 0.
     """
 
     value: Callable[[Any, Tensor], Tensor]
     zero: float | Callable[[Any], float] = 0.0
     slope: float | Callable[[Any], float] = 1.0
     secant: Callable[[Any, Tensor], Tensor] | None = None
+    rise: Callable[[Any, Tensor], Tensor] | None = None
 
     def at_zero(self, step: Any) -> float:
         return self.zero(step) if callable(self.zero) else self.zero
@@ -56,9 +58,11 @@ class Secant(Rule):
             step.book("offsets", g.sum() * zero)
         if function.secant is not None:
             return [g * function.secant(step, x)]
-        rise = function.value(step, x)
-        if zero:
-            rise = rise - zero
+        if function.rise is not None:
+            rise = function.rise(step, x)
+        else:
+            rise = function.value(step, x)
+            rise = rise - zero if zero else rise
         # Below the smallest normal number the quotient loses its digits; there the slope is exact enough.
         tiny = x.abs() < torch.finfo(x.dtype).tiny
         slope = torch.where(tiny, function.slope_at_zero(step), rise / torch.where(tiny, 1.0, x))
@@ -126,23 +130,64 @@ elementwise(
 elementwise("SqrtBackward0", Function(lambda s, x: torch.sqrt(x), slope=0.0), result="result", sign="nonnegative")
 
 # f(0) is not 0
-elementwise("SigmoidBackward0", Function(lambda s, x: torch.sigmoid(x), 0.5, 0.25), result="result", sign="nonnegative")
-elementwise("ExpBackward0", Function(lambda s, x: torch.exp(x), 1.0), result="result", sign="nonnegative")
+
+
+def _softplus(x: Tensor, beta: float, threshold: float) -> Tensor:
+    """softplus(x) - softplus(0), by log cosh near 0."""
+    half = (x * beta).clamp(-1, 1) / 2
+    near = (half + torch.log1p(2 * torch.sinh(half / 2).square())) / beta
+    return torch.where((x * beta).abs() < 1, near, F.softplus(x, beta, threshold) - math.log(2) / beta)
+
+
+def _exp2_rise(step: Any, x: Tensor) -> Tensor:
+    return torch.where(x.abs() < 1, torch.expm1(x * math.log(2)), torch.exp2(x) - 1)
+
+
+def _hardsigmoid_secant(step: Any, x: Tensor) -> Tensor:
+    return 0.5 / x.abs().clamp(min=3)
+
+
 elementwise(
-    "Exp2Backward0", Function(lambda s, x: torch.exp2(x), 1.0, math.log(2)), result="result", sign="nonnegative"
+    "SigmoidBackward0",
+    Function(lambda s, x: torch.sigmoid(x), 0.5, 0.25, rise=lambda s, x: torch.tanh(x / 2) / 2),
+    result="result",
+    sign="nonnegative",
 )
-elementwise("CosBackward0", Function(lambda s, x: torch.cos(x), 1.0, 0.0))
+elementwise(
+    "ExpBackward0",
+    Function(lambda s, x: torch.exp(x), 1.0, rise=lambda s, x: torch.expm1(x)),
+    result="result",
+    sign="nonnegative",
+)
+elementwise(
+    "Exp2Backward0",
+    Function(lambda s, x: torch.exp2(x), 1.0, math.log(2), rise=_exp2_rise),
+    result="result",
+    sign="nonnegative",
+)
+elementwise(
+    "CosBackward0",
+    Function(lambda s, x: torch.cos(x), 1.0, 0.0, rise=lambda s, x: -2 * torch.sin(x / 2).square()),
+)
 elementwise(
     "SoftplusBackward0",
     Function(
         lambda s, x: F.softplus(x, s.saved("beta"), s.saved("threshold")),
         lambda s: math.log(2) / s.saved("beta"),
         0.5,
+        rise=lambda s, x: _softplus(x, s.saved("beta"), s.saved("threshold")),
     ),
     sign="nonnegative",
 )
-elementwise("HardsigmoidBackward0", Function(lambda s, x: F.hardsigmoid(x), 0.5, 1 / 6), sign="nonnegative")
-elementwise("LogSigmoidBackward0", Function(lambda s, x: F.logsigmoid(x), -math.log(2), 0.5))
+elementwise(
+    "HardsigmoidBackward0",
+    Function(lambda s, x: F.hardsigmoid(x), 0.5, 1 / 6, secant=_hardsigmoid_secant),
+    sign="nonnegative",
+)
+elementwise(
+    "LogSigmoidBackward0",
+    Function(lambda s, x: F.logsigmoid(x), -math.log(2), 0.5, rise=lambda s, x: -_softplus(-x, 1.0, 20.0)),
+)
 
 
 def _bounds(node: Any) -> tuple[float | None, float | None]:
@@ -197,9 +242,6 @@ class Power(Rule):
         if g is None:
             return [None]
         x = step.operand(0)
-        if exponent <= 0:
-            step.book("held back", (g * x**exponent).sum())
-            return [torch.zeros_like(g)]
         secant = x if exponent == 2 else x ** (exponent - 1)
         return [g * (secant if exponent >= 1 else torch.where(x == 0, 0.0, secant))]
 
@@ -212,6 +254,7 @@ register(
         operands="+",
         saved={0: "self"},
         facts=lambda node: node._saved_exponent,
+        holds=lambda exponent: exponent <= 0,
         sign=lambda exponent: (
             "nonnegative" if exponent % 2 == 0 else "same" if exponent == int(exponent) else "nonnegative"
         ),

@@ -179,6 +179,8 @@ class Operation:
     """Nothing passes where the operand is not positive (relu); a saved result may then stand for the operand."""
     hides: Callable[[Any, tuple[bool, ...]], bool] | None = None
     """``hides(facts, present operands)``: does a constant that autograd did not record add to the output."""
+    holds: Callable[[Any], bool] | None = None
+    """``holds(facts)``: nothing passes, the output is a coefficient."""
     bilinear: Rule | None = None
     """The rule where both factors depend on the inputs (the family is then ``product``)."""
     absorbs: int | None = None

@@ -12,13 +12,20 @@ from torch import Tensor
 from dynlrp.rules.operation import Grads, Operation, Rule, Step, linear_operation, register
 from dynlrp.rules.shape import dims, signed
 
-linear_operation("SumBackward0", family="reduction", sign="same", replay=lambda step, x: x.sum())
-linear_operation("MeanBackward0", family="reduction", sign="same", replay=lambda step, x: x.mean())
+
+def _dtype(step: Any) -> torch.dtype:
+    """A sum may be taken in another dtype than its operand's."""
+    dtype: torch.dtype = step.node._input_metadata[0].dtype
+    return dtype
+
+
+linear_operation("SumBackward0", family="reduction", sign="same", replay=lambda step, x: x.sum(dtype=_dtype(step)))
+linear_operation("MeanBackward0", family="reduction", sign="same", replay=lambda step, x: x.mean(dtype=_dtype(step)))
 
 
 def _along(function: Any) -> Any:
     def replay(step: Any, x: Tensor) -> Tensor:
-        result: Tensor = function(x, dims(step) or None, keepdim=step.saved("keepdim"))
+        result: Tensor = function(x, dims(step) or None, keepdim=step.saved("keepdim"), dtype=_dtype(step))
         return result
 
     return replay
@@ -30,7 +37,7 @@ linear_operation(
     "CumsumBackward0",
     family="reduction",
     sign="same",
-    replay=lambda step, x: x.cumsum(signed(step.saved("dim"))),
+    replay=lambda step, x: x.cumsum(signed(step.saved("dim")), dtype=_dtype(step)),
 )
 # Maxima choose: the VJP goes to the chosen element, and is shared among ties where autograd shares it (amax, max()).
 for _name in ("MaxBackward0", "MinBackward0", "TopkBackward0", "SortBackward0", "KthvalueBackward0"):

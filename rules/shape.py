@@ -52,7 +52,7 @@ _moves("ExpandBackward0", lambda step, x: x.expand(step.node._input_metadata[0].
 _moves("SelectBackward0", lambda step, x: x.select(signed(step.saved("dim")), signed(step.saved("index"))))
 _moves("RepeatBackward0", lambda step, x: x.repeat(step.saved("repeats")))
 _moves("FlipBackward0", lambda step, x: x.flip(dims(step, "dims")))
-_moves("RollBackward0", lambda step, x: x.roll(tuple(step.saved("shifts")), tuple(dims(step, "dims"))))
+_moves("RollBackward0", lambda step, x: x.roll(dims(step, "shifts"), dims(step, "dims")))
 _moves("PixelShuffleBackward0", lambda step, x: torch.pixel_shuffle(x, step.saved("upscale_factor")))
 _moves("PixelUnshuffleBackward0", lambda step, x: torch.pixel_unshuffle(x, step.saved("downscale_factor")))
 _moves("SplitBackward0")
@@ -63,8 +63,8 @@ _moves("AsStridedBackward0")
 
 
 def _slice(step: Any, x: Tensor) -> Tensor:
-    end = step.saved("end")
-    result: Tensor = torch.ops.aten.slice(x, signed(step.saved("dim")), step.saved("start"), end, step.saved("step"))
+    bounds = [None if bound is None else signed(bound) for bound in (step.saved("start"), step.saved("end"))]
+    result: Tensor = torch.ops.aten.slice(x, signed(step.saved("dim")), *bounds, step.saved("step"))
     return result
 
 

@@ -535,9 +535,8 @@ def test_two_layers_share_an_input(frozen: bool, seed: int, one: str, two: str) 
     h = (x * factor).relu()
     left = through(CASES[one], fork.left, h, fork.left(h).detach())
     right = through(CASES[two], fork.right, h, fork.right(h).relu().detach())
-    rules = {When(path="left"): CASES[one].rule, When(path="right"): CASES[two].rule}
-    families = {When(when.path and "dense", path=when.path): rule for when, rule in rules.items()}
-    explanation = explain(fork, x, torch.sum, composite=Composite.of("two", families))
+    rules = {When("dense", path="left"): CASES[one].rule, When("dense", path="right"): CASES[two].rule}
+    explanation = explain(fork, x, torch.sum, composite=Composite.of("two", rules))
     total = left.relevance + right.relevance + 4 * h
     alive = torch.where(h > 0, total, 0.0)
     agrees(
@@ -689,6 +688,22 @@ def test_rules_without_bias_need_none(rule: Rule) -> None:
         known = explain(Layer(function, w, bias), v, torch.sum, composite=only(rule))
         accounts = known.ledger.accounts
         agrees(plain, known.relevance, {"absorbed": accounts["absorbed"], "constants": 0.0})
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kind", ["dense", "convolution"])
+def test_weights_may_be_plain_tensors(name: str, kind: str) -> None:
+    """Autograd records no bias then; explained it is all the same, as a constant."""
+    weight, bias, x = draw(0, 3, 4), draw(1, 3), draw(2, 5, 4)
+    if kind == "convolution":
+        weight, x = weight.unsqueeze(-1), x.unsqueeze(-1)
+    function = F.linear if kind == "dense" else F.conv1d
+    plain = explain(partial(function, weight=weight, bias=bias), x, torch.sum, composite=only(CASES[name].rule))
+    known = explain(Layer(function, weight, bias), x, torch.sum, composite=only(CASES[name].rule))
+    same(plain.relevance, known.relevance)
+    found, expected = plain.ledger.accounts, known.ledger.accounts
+    number(found["parameters"] + found["constants"], expected["parameters"])
+    assert plain.ledger.closes
 
 
 @pytest.mark.parametrize("source", ["alpha", "pad", "sub"])

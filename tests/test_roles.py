@@ -43,16 +43,10 @@ NOTHING: dict[str, list[tuple[str, int | None]]] = {"attention": [], "gate": [],
 X, Y = draw(0, 2, 3), draw(1, 2, 3)
 
 
-@pytest.mark.parametrize(
-    ("activation", "model"),
-    [
-        ("sigmoid", torch.sigmoid), ("silu", F.silu), ("gelu", F.gelu), ("tanh", torch.tanh),
-        ("hardsigmoid", F.hardsigmoid),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("gate", [torch.sigmoid, F.silu, F.gelu, torch.tanh, F.hardsigmoid])
 @pytest.mark.parametrize("left", [True, False])
-def test_gates(activation: str, model: Callable[[Tensor], Tensor], left: bool) -> None:
-    roles = found((lambda a, b: model(b) * a) if left else (lambda a, b: a * model(b)), X, Y)
+def test_gates(gate: Callable[[Tensor], Tensor], left: bool) -> None:
+    roles = found((lambda a, b: gate(b) * a) if left else (lambda a, b: a * gate(b)), X, Y)
     assert roles == {**NOTHING, "gate": [("MulBackward0", 0 if left else 1)]}
 
 
@@ -61,7 +55,7 @@ def test_gates(activation: str, model: Callable[[Tensor], Tensor], left: bool) -
     [
         lambda a, b: a * torch.sigmoid(b).view(3, 2).reshape(2, 3),
         lambda a, b: a * torch.sigmoid(b)[:, :1],
-        lambda a, b: a * torch.sigmoid(b).mean(1, keepdim=True).expand(2, 3).sigmoid().unsqueeze(0).squeeze(0),
+        lambda a, b: a * torch.sigmoid(b[:, :1]).expand(2, 3).unsqueeze(0).squeeze(0),
     ],
     ids=["view", "slice", "expand"],
 )

@@ -1,4 +1,4 @@
-"""Movement, indexing, reduction, choice and pooling; and for every operation there is, that its replay is its forward."""
+"""Movement, indexing, reduction, choice and pooling; and of every operation that its replay is its forward."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from dynlrp import Composite, When, explain
-from dynlrp.promise import Operands
-from dynlrp.rules import REGISTRY, VJP, Flat, Gamma, Need, Operation, Rule
-from dynlrp.rules.operation import OUTPUT, Grads, Step, StepShape
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dynlrp import Composite, When, explain
+from dynlrp.promise import Operands
+from dynlrp.rules import REGISTRY, VJP, Flat, Gamma, Need, Operation, Rule
+from dynlrp.rules.operation import OUTPUT, Grads, Step, StepShape
 from tests.oracle import agrees, draw, number, same
 from tests.test_elementwise import COEFFICIENTS, FUNCTIONS, PIECEWISE
 
@@ -100,7 +100,8 @@ INDEXING: dict[str, list[Example]] = {
     ],
     "IndexSelectBackward0": _on((3, 4))(lambda x: x.index_select(1, INDEX), lambda x: x.index_select(-2, INDEX)),
     "GatherBackward0": _on((3, 4))(
-        lambda x: x.gather(1, torch.tensor([[0, 3], [1, 1], [2, 0]])), lambda x: x.gather(-2, torch.tensor([[2, 0, 0, 1]]))
+        lambda x: x.gather(1, torch.tensor([[0, 3], [1, 1], [2, 0]])),
+        lambda x: x.gather(-2, torch.tensor([[2, 0, 0, 1]])),
     ),
     "WhereBackward0": _on((3, 4), (3, 4))(
         lambda a, b: torch.where(MASK, a, b), lambda a, b: torch.where(MASK[:, :1], a, b)
@@ -185,10 +186,15 @@ STATISTIC: dict[str, list[Example]] = {
 }
 VECTOR = draw(77, 4)
 OTHERS: dict[str, list[Example]] = {
-    "MulBackward0": [*_on((3, 4), (4,))(torch.mul), *_on((3, 4))(lambda x: x * VECTOR, lambda x: VECTOR * x, lambda x: x * 3)],
+    "MulBackward0": [
+        *_on((3, 4), (4,))(torch.mul), *_on((3, 4))(lambda x: x * VECTOR, lambda x: VECTOR * x, lambda x: x * 3),
+    ],
     "DivBackward0": [*_on((3, 4), (4,))(torch.div), *_on((3, 4))(lambda x: x / VECTOR, lambda x: x / 3)],
     "MmBackward0": [*_on((3, 4), (4, 2))(torch.mm), *_on((3, 4))(lambda x: x @ VECTOR.view(4, 1))],
-    "BmmBackward0": [*_on((2, 3, 4), (2, 4, 2))(torch.bmm), *_on((2, 3, 4))(lambda x: torch.bmm(x, VECTOR.view(2, 2, 1).expand(2, 2, 4).mT))],
+    "BmmBackward0": [
+        *_on((2, 3, 4), (2, 4, 2))(torch.bmm),
+        *_on((2, 3, 4))(lambda x: torch.bmm(x, VECTOR.view(2, 2, 1).expand(2, 2, 4).mT)),
+    ],
     "AddmmBackward0": _on((2,), (3, 4), (4, 2))(
         torch.addmm, lambda c, a, b: torch.addmm(c, a, b, beta=-2.0, alpha=0.5),
         lambda c, a, b: torch.addmm(c, a, VECTOR.view(4, 1).expand(4, 2)),
@@ -212,19 +218,22 @@ OTHERS: dict[str, list[Example]] = {
         *_on((3, 4))(lambda x: F.layer_norm(x, (4,)), lambda x: F.layer_norm(x, (3, 4))),
     ],
     "NativeBatchNormBackward0": _on((3, 4), (4,), (4,))(
-        lambda x, w, b: F.batch_norm(x, VECTOR, VECTOR.abs(), w, b), lambda x, w, b: F.batch_norm(x, VECTOR, VECTOR.abs(), None, b),
-        lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True), lambda x, w, b: F.batch_norm(x, VECTOR, VECTOR.abs()),
+        lambda x, w, b: F.batch_norm(x, VECTOR, VECTOR.abs(), w, b),
+        lambda x, w, b: F.batch_norm(x, VECTOR, VECTOR.abs(), None, b),
+        lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True),
+        lambda x, w, b: F.batch_norm(x, VECTOR, VECTOR.abs()),
     ),
     "NativeGroupNormBackward0": [
-        *_on((3, 4, 2), (4,), (4,))(lambda x, w, b: F.group_norm(x, 2, w, b)), *_on((3, 4, 2))(lambda x: F.group_norm(x, 4)),
+        *_on((3, 4, 2), (4,), (4,))(lambda x, w, b: F.group_norm(x, 2, w, b)),
+        *_on((3, 4, 2))(lambda x: F.group_norm(x, 4)),
     ],
     **{name: [Example(f.torch, positive=f.low > -2) for f in many] for name, many in FUNCTIONS.items()},
     **{name: [Example(f, positive=True)] for name, f in COEFFICIENTS.items()},
     **{name: [Example(f)] for name, f in PIECEWISE.items()},
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, list[Example]]] = {
-    "movement": MOVEMENT, "scaling": SCALING, "indexing": INDEXING, "reduction": REDUCTION, "pooling": POOLING, "choice": CHOICE,
-    "statistic": STATISTIC,
+    "movement": MOVEMENT, "scaling": SCALING, "indexing": INDEXING, "reduction": REDUCTION, "pooling": POOLING,
+    "choice": CHOICE, "statistic": STATISTIC,
 }  # fmt: skip
 EXAMPLES = {name: many for family in [*FAMILIES.values(), OTHERS] for name, many in family.items()}
 ELSEWHERE = {
@@ -281,16 +290,10 @@ def _equal(ours: Tensor, forward: Tensor, name: str) -> None:
 def test_replay_is_the_forward(name: str, example: Example) -> None:
     """From the values of the operands, and for factors that are no node's result from what the node saved."""
     y = example.function(*(x.requires_grad_() for x in _inputs(example)))
-    values = []
-    for node, _ in y.grad_fn.next_functions:
-        while node is not None and not hasattr(node, "variable"):
-            node = node.next_functions[0][0]  # the view of a transposed operand
-            values.append(None)
-            break
-        else:
-            values.append(None if node is None else node.variable.detach())
-    if any(v is None and node is not None for v, (node, _) in zip(values, y.grad_fn.next_functions, strict=True)):
-        pytest.skip("an operand is made on the way: the next test")
+    nodes = [node for node, _ in y.grad_fn.next_functions]
+    if any(node is not None and not hasattr(node, "variable") for node in nodes):
+        pytest.skip("an operand is made on the way, which the next test covers")
+    values = [None if node is None else node.variable.detach() for node in nodes]
     replay = REGISTRY[name].replay
     assert replay is not None
     with torch.no_grad():
@@ -335,28 +338,22 @@ def test_a_promise_through_it_is_kept(name: str, example: Example) -> None:
 
 
 @pytest.mark.parametrize(
-    "function",
+    ("name", "function"),
     [
-        lambda x: x.sum(1, dtype=torch.float64), lambda x: x.sum(dtype=torch.float64),
-        lambda x: x.mean(1, dtype=torch.float64), lambda x: x.cumsum(1, dtype=torch.float64),
-        lambda x: torch.softmax(x, 1, dtype=torch.float64),
+        ("SumBackward1", lambda x: x.sum(1, dtype=torch.float64)),
+        ("SumBackward0", lambda x: x.sum(dtype=torch.float64)),
+        ("MeanBackward1", lambda x: x.mean(1, dtype=torch.float64)),
+        ("CumsumBackward0", lambda x: x.cumsum(1, dtype=torch.float64)),
     ],
-    ids=["sum", "sum all", "mean", "cumsum", "softmax"],
-)  # fmt: skip
-def test_replay_in_another_dtype(function: Callable[[Tensor], Tensor]) -> None:
-    """Operations that change the type of their result as they go."""
-    x, forward, probe = draw(0, 3, 4).float(), [], Probe()
-
-    def model(x: Tensor) -> Tensor:
-        y = function(x.neg())
-        forward.append(y.detach())
-        return y.neg()
-
-    families = ("reduction", "softmax", "movement")
-    rules = {When(family, name=n): probe for family in families for n in ("SumBackward1", "SumBackward0", "MeanBackward1", "CumsumBackward0", "SoftmaxBackward0")}
-    explain(model, x, torch.sum, composite=Composite.of("probe", rules))
-    assert [o.dtype for o in probe.outputs[-1:]] == [torch.float64]
-    assert any(torch.equal(o, forward[0]) for o in probe.outputs if o.shape == forward[0].shape)
+)
+def test_replay_in_another_dtype(name: str, function: Callable[[Tensor], Tensor]) -> None:
+    """Operations that change the type of their argument as they go."""
+    y = function(draw(0, 3, 4).float().requires_grad_())
+    assert y.grad_fn is not None
+    assert y.grad_fn.name() == name
+    replay = REGISTRY[name].replay
+    assert replay is not None
+    _equal(replay(Operands(y.grad_fn), draw(0, 3, 4).float()), y.detach(), name)
 
 
 @given(seed=SEEDS, steps=st.lists(st.sampled_from(range(12)), min_size=1, max_size=8))
@@ -365,7 +362,8 @@ def test_promises_through_random_chains(seed: int, steps: list[int]) -> None:
     chain: list[Callable[[Tensor], Tensor]] = [
         lambda x: x.flip(1), lambda x: x.roll(2, 1), lambda x: x.view(2, 3, 4).transpose(1, 2).reshape(2, 12),
         lambda x: torch.cat([x[:, 5:], x[:, :5]], 1), lambda x: -x, lambda x: x + x.mean(1, keepdim=True),
-        lambda x: F.silu(x), lambda x: x[:, torch.arange(11, -1, -1)], lambda x: torch.stack(x.view(2, 2, 6).unbind(1), 2).flatten(1),
+        lambda x: F.silu(x), lambda x: x[:, torch.arange(11, -1, -1)],
+        lambda x: torch.stack(x.view(2, 2, 6).unbind(1), 2).flatten(1),
         lambda x: F.layer_norm(x, (12,)), lambda x: x * 1.5, lambda x: x.cumsum(1),
     ]  # fmt: skip
     first, second = torch.nn.Linear(12, 12).double(), torch.nn.Linear(12, 3).double()
@@ -383,8 +381,6 @@ def test_promises_through_random_chains(seed: int, steps: list[int]) -> None:
     net.first, net.second, net.forward = first, second, model
     x = draw(seed + 5, 2, 12)
     composite = Composite.of("gamma", {"dense": Gamma()})
-    if 8 in steps:
-        return  # unbind hands out several outputs, which are not replayed
     trainable = explain(net, x, 0, composite=composite)
     frozen = explain(net.requires_grad_(False), x, 0, composite=composite)
     agrees(frozen, trainable.relevance, trainable.ledger.accounts)
@@ -435,7 +431,10 @@ def test_movements_conserve_in_the_other_gauge(name: str, example: Example) -> N
     wanted = [r * (torch.zeros_like(x) if g is None else sign * g) for x, g in zip(inputs, grads, strict=True)]
     composite = Composite.of("flat", {"dense": Flat()})
     explanation = explain(
-        lambda *xs: F.linear(example.function(*xs).reshape(1, -1), weight), tuple(inputs), torch.sum, composite=composite
+        lambda *xs: F.linear(example.function(*xs).reshape(1, -1), weight),
+        tuple(inputs),
+        torch.sum,
+        composite=composite,
     )
     for ours, theirs, x in zip(explanation.relevance, wanted, inputs, strict=True):
         if name in ("NegBackward0", "EmbeddingBackward0"):  # by multipliers, which zeros do not have

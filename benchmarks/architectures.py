@@ -1,0 +1,150 @@
+"""The models of the benchmarks: random weights, true sizes, nothing to download."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+
+class Case(NamedTuple):
+    """A model with inputs; ``sequence`` models are explained at their last position."""
+
+    model: nn.Module
+    inputs: dict[str, Tensor] | Tensor
+    output: str | None = None
+
+    def run(self) -> Tensor:
+        """The model's output tensor."""
+        result = self.model(**self.inputs) if isinstance(self.inputs, dict) else self.model(self.inputs)
+        if isinstance(result, Tensor):
+            return result
+        found: Tensor = result[self.output or "logits"]
+        return found
+
+
+def vgg16() -> nn.Module:
+    """VGG16 (Simonyan & Zisserman 2015, configuration D)."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+        if width == 0:
+            layers.append(nn.MaxPool2d(2))
+        else:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            channels = width
+    head = [nn.Flatten(), nn.Linear(512 * 49, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 1000)]
+    return nn.Sequential(*layers, *head)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions with batch norm and a skip (He et al. 2016)."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        out = 4 * width
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out),
+        )  # fmt: skip
+        self.skip: nn.Module = nn.Identity()
+        if stride > 1 or channels != out:
+            self.skip = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.skip(x))
+
+
+def resnet50() -> nn.Module:
+    """ResNet-50 (He et al. 2016, with the stride in the 3x3 convolution)."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+    ]  # fmt: skip
+    channels = 64
+    for stage, (width, depth) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
+        for block in range(depth):
+            layers.append(Bottleneck(channels, width, 2 if stage and not block else 1))
+            channels = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
+
+
+def _image(batch: int, size: int = 224) -> Tensor:
+    return torch.randn(batch, 3, size, size)
+
+
+def _embedded(batch: int, length: int, width: int) -> dict[str, Tensor]:
+    return {"inputs_embeds": torch.randn(batch, length, width)}
+
+
+def _vit(batch: int) -> Case:
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000))
+    return Case(model, {"pixel_values": _image(batch)})
+
+
+def _bert(batch: int) -> Case:
+    model = transformers.BertForSequenceClassification(transformers.BertConfig())
+    return Case(model, _embedded(batch, 128, 768))
+
+
+def _gpt2(batch: int) -> Case:
+    config = transformers.GPT2Config(use_cache=False, num_labels=2, pad_token_id=0)
+    return Case(transformers.GPT2ForSequenceClassification(config), _embedded(batch, 128, 768))
+
+
+def _llama(batch: int) -> Case:
+    config = transformers.LlamaConfig(
+        hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1376, vocab_size=8000,
+        use_cache=False, pad_token_id=0,
+    )  # fmt: skip
+    return Case(transformers.LlamaForSequenceClassification(config), _embedded(batch, 128, 512))
+
+
+LARGE: dict[str, Callable[[int], Case]] = {
+    "VGG16": lambda batch: Case(vgg16(), _image(batch)),
+    "ResNet-50": lambda batch: Case(resnet50(), _image(batch)),
+    "ViT-B/16": _vit,
+    "BERT-base": _bert,
+    "GPT-2": _gpt2,
+    "Llama 8x512": _llama,
+}
+
+
+def _small(config: str, model: str, **options: Any) -> Callable[[int], Case]:
+    sizes: dict[str, Any] = {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
+        "vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+
+    def build(batch: int) -> Case:
+        made = getattr(transformers, model)(getattr(transformers, config)(**{**sizes, **options}))
+        return Case(made, _embedded(batch, 16, 64), output="last_hidden_state")
+
+    return build
+
+
+def _small_image(config: str, model: str) -> Callable[[int], Case]:
+    def build(batch: int) -> Case:
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+        made = getattr(transformers, model)(getattr(transformers, config)(image_size=32, patch_size=8, **sizes))
+        return Case(made, {"pixel_values": _image(batch, 32)})
+
+    return build
+
+
+# Two layers, 64 wide: what a pass costs per node is everything here.
+SMALL: dict[str, Callable[[int], Case]] = {
+    "BERT": _small("BertConfig", "BertModel"),
+    "RoBERTa": _small("RobertaConfig", "RobertaModel"),
+    "ELECTRA": _small("ElectraConfig", "ElectraModel", embedding_size=64),
+    "GPT-2": _small("GPT2Config", "GPT2Model", n_embd=64, n_layer=2, n_head=4, use_cache=False),
+    "GPT-NeoX": _small("GPTNeoXConfig", "GPTNeoXModel", use_cache=False),
+    "Llama": _small("LlamaConfig", "LlamaModel", use_cache=False),
+    "Mistral": _small("MistralConfig", "MistralModel", num_key_value_heads=2, use_cache=False),
+    "Qwen3": _small("Qwen3Config", "Qwen3Model", num_key_value_heads=2, head_dim=16, use_cache=False),
+    "ViT": _small_image("ViTConfig", "ViTForImageClassification"),
+    "DeiT": _small_image("DeiTConfig", "DeiTForImageClassification"),
+}

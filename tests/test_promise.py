@@ -1,0 +1,390 @@
+"""Promises: activations that rules need and that nobody kept."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynlrp import BrokenPromiseError, Composite, FreedGraphError, When, explain, relevance
+from dynlrp.rules import AlphaBeta, Epsilon, Gamma, Need, Operation, Rule, WSquare, ZBox, ZPlus, register
+from dynlrp.rules.operation import OUTPUT, Grads, Step, StepShape
+from tests.oracle import agrees, draw, same
+
+GAMMA = Composite.of("gamma", {"dense": Gamma(), "convolution": Gamma()})
+RULES: dict[str, Rule] = {
+    "gamma": Gamma(), "epsilon": Epsilon(0.1), "alpha_beta": AlphaBeta(), "zplus": ZPlus(), "wsquare": WSquare(),
+    "zbox": ZBox(-3.0, 3.0),
+}  # fmt: skip
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(draw(seed + i, *p.shape) * max(1, p[0].numel()) ** -0.5)
+    return model.double().eval()
+
+
+class Net(nn.Module):
+    """Two linear layers with ``between`` in the middle."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], width: int = 6) -> None:
+        super().__init__()
+        self.first, self.between, self.last = nn.Linear(6, 6), between, nn.Linear(width, 3)
+        randomise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self.first(x)))
+
+
+BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "silu": F.silu,
+    "nothing": lambda x: x,
+    "views": lambda x: x.view(-1, 2, 3).transpose(1, 2).reshape(-1, 6),
+    "slices": lambda x: torch.cat([x[:, :-2], x[:, -2:]], 1),
+    "residual": lambda x: x + torch.tanh(x) * 0.5,
+    "normalised": lambda x: F.layer_norm(x, (6,)),
+    "pooled": lambda x: F.avg_pool1d(x.repeat(1, 2), 2),
+    "gated": lambda x: x * torch.sigmoid(x.roll(1, 1)),
+    "split": lambda x: torch.cat(x.split(2, 1)[::-1], 1),
+    "chunks": lambda x: torch.cat([a * 2 for a in x.chunk(3, 1)], 1),
+    "sorted": lambda x: x.sort(1).values,
+    "maximum": lambda x: torch.maximum(x, x.flip(1)),
+    "number added": lambda x: x + 1.5,
+    "tensor added": lambda x: x - draw(7, 6),
+    "masked": lambda x: x.masked_fill(draw(8, 6) > 0, 0.0),
+    "padded": lambda x: F.pad(x[:, 1:5], (1, 1)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("between", BETWEEN)
+def test_frozen_weights_give_the_same(between: str, rule: str) -> None:
+    """Autograd saves no inputs of frozen layers. Whoever calls ``explain`` need not know."""
+    x, composite = draw(9, 4, 6), Composite.of("rule", {"dense": RULES[rule]})
+    net = Net(BETWEEN[between])
+    trainable = explain(net, x, composite=composite)
+    assert trainable.ledger.closes
+    for parameters in ([net.first.weight], [net.last.weight], [net.last.bias], list(net.parameters())):
+        net.requires_grad_(True)
+        for p in parameters:
+            p.requires_grad_(False)
+        agrees(explain(net, x, composite=composite), trainable.relevance, trainable.ledger.accounts)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("activation", [torch.sigmoid, torch.tanh, torch.exp, torch.sqrt, torch.expm1, torch.exp2])
+def test_a_constant_before_an_activation_that_saves_its_result(
+    activation: Callable[[Tensor], Tensor], frozen: bool
+) -> None:
+    """A forget gate with a bias of one, say: the argument is not saved, and the graph does not know the number."""
+    x = draw(0, 5).abs()
+    for shifted in (lambda x: x + 1.0, lambda x: x + torch.arange(5.0).double()):
+        y = activation(shifted(x))
+        zero = activation(torch.zeros(5).double())
+        explanation = explain(lambda x, f=shifted: activation(f(x)), x, torch.sum)
+        same(explanation.relevance, (y - zero) / shifted(x) * x)
+
+
+def test_convolutions_and_batch_norm() -> None:
+    model = randomise(
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 1), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2),
+        )
+    )  # fmt: skip
+    x = draw(0, 2, 2, 4, 4)
+    for rule in RULES.values():
+        composite = Composite.of("rule", {"dense": rule, "convolution": rule})
+        trainable = explain(model.requires_grad_(True), x, composite=composite)
+        frozen = explain(model.requires_grad_(False), x, composite=composite)
+        agrees(frozen, trainable.relevance, trainable.ledger.accounts)
+
+
+def test_figures() -> None:
+    """Multiplier rules on trainable weights need no promise beyond the input's value; gamma on frozen ones replays."""
+    net, x = Net(torch.relu), draw(0, 2, 6)
+    plain = explain(net, x, composite="attnlrp").promises
+    assert (plain.internal, plain.delta, plain.density) == (0, 0, 0.0)
+    net = Net(lambda x: x.view(-1, 2, 3).flip(2).transpose(1, 2).reshape(-1, 6)).requires_grad_(False)
+    frozen = explain(net, x, composite=GAMMA).promises
+    assert frozen.delta >= 4
+    assert frozen.internal >= frozen.delta
+    assert 0 < frozen.density <= 1
+    assert frozen.count >= 2
+    assert "promises" in repr(frozen)
+
+
+# Operations made for a test ---------------------------------------------------------------------------------
+
+
+class Counter:
+    """Replays of an operation, and which of the tensors they made are still alive."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.alive: list[weakref.ref[Tensor]] = []
+
+    def __call__(self, step: Any, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = x * 1.0
+        self.alive.append(weakref.ref(y))
+        return y
+
+    @property
+    def left(self) -> int:
+        return sum(ref() is not None for ref in self.alive)
+
+
+class Step1(torch.autograd.Function):
+    """The identity, saved by nobody."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+@pytest.fixture
+def counter(registry: dict[str, Operation]) -> Counter:
+    """``Step1`` with a replay that counts."""
+    found = Counter()
+    register(Operation("Step1Backward", "linear map", operands="+", replay=found))
+    return found
+
+
+class AskOutput(Rule):
+    """Passes the VJP and asks for the output's value; ``seen`` are live replays at each step."""
+
+    def __init__(self, counter: Counter) -> None:
+        self.counter, self.seen = counter, []  # type: ignore[var-annotated]
+
+    def needs(self, step: StepShape) -> Sequence[Need]:
+        return [OUTPUT]
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        step.output()
+        self.seen.append(self.counter.left)
+        return step.vjp(grads)
+
+
+def _chain(x: Tensor, length: int) -> Tensor:
+    for _ in range(length):
+        x = Step1.apply(x)
+    return x
+
+
+def test_a_chain_of_five_thousand(counter: Counter) -> None:
+    """One promise at its end: every step is replayed once, and nothing recurses."""
+    weight, x = draw(0, 2, 3), draw(1, 1, 3)
+    explanation = explain(lambda x: F.linear(_chain(x, 5000), weight), x, torch.sum, composite=GAMMA)
+    assert counter.calls == 5000
+    assert explanation.promises.delta >= 5000
+    same(explanation.relevance, explain(lambda x: F.linear(x, weight), x, torch.sum, composite=GAMMA).relevance)
+
+
+@pytest.mark.parametrize("length", [500, 1000])
+def test_a_promise_at_every_step_is_still_linear(counter: Counter, length: int) -> None:
+    """The first to ask has the chain replayed; all others find their value there."""
+    rule = AskOutput(counter)
+    rule.counter = Counter()  # how many live is another test
+    composite = Composite.of("ask", {When(name="Step1Backward"): rule})
+    explain(lambda x: _chain(x, length), draw(0, 1, 3), torch.sum, composite=composite)
+    assert counter.calls <= 2 * length
+
+
+@pytest.mark.parametrize("length", [100, 200])
+def test_branches_off_a_chain_share_its_replay(counter: Counter, length: int) -> None:
+    """Layers along a chain, none of which saved its input: the chain is replayed once for all of them."""
+    weight = draw(0, 1, 3)
+
+    def model(x: Tensor) -> Tensor:
+        total = x.sum(1, keepdim=True)
+        for _ in range(length):
+            x = Step1.apply(x)
+            total = total + F.linear(x.flip(1), weight)
+        return total
+
+    explain(model, draw(1, 1, 3), torch.sum, composite=GAMMA)
+    assert counter.calls <= 2 * length
+
+
+def test_values_are_freed_after_their_last_use(counter: Counter) -> None:
+    """On the way down a chain every replayed value goes as soon as its own step has taken it."""
+    rule = AskOutput(counter)
+    composite = Composite.of("ask", {When(name="Step1Backward"): rule})
+    explanation = explain(lambda x: _chain(x, 20), draw(0, 1, 3), torch.sum, composite=composite)
+    assert counter.left == 0
+    assert rule.seen == list(range(19, -1, -1))
+    assert explanation.promises.count >= 20
+
+
+def test_values_on_the_way_are_not_kept(counter: Counter) -> None:
+    """What nobody waits for lives only while it is replayed."""
+    weight = draw(0, 2, 3)
+    seen: list[int] = []
+
+    class Look(Gamma):
+        def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+            result = super().__call__(step, grads)
+            seen.append(counter.left)
+            return result
+
+    composite = Composite.of("look", {"dense": Look()})
+    explain(lambda x: F.linear(_chain(x, 50), weight), draw(1, 1, 3), torch.sum, composite=composite)
+    assert seen == [0]
+
+
+def test_two_that_wait_for_one_value(counter: Counter) -> None:
+    one, two = draw(0, 2, 3), draw(1, 2, 3)
+
+    def model(x: Tensor) -> Tensor:
+        h = _chain(x, 7)
+        return F.linear(h, one) + F.linear(h, two)
+
+    explain(model, draw(2, 1, 3), torch.sum, composite=GAMMA)
+    assert counter.calls == 7
+    assert counter.left == 0
+
+
+# Broken promises --------------------------------------------------------------------------------------------
+
+
+class Opaque(torch.autograd.Function):
+    """Linear, but with no replay."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2.0
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2.0
+
+
+class Layered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2).requires_grad_(False)
+        randomise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Opaque.apply(x))
+
+
+@pytest.fixture
+def opaque(registry: dict[str, Operation]) -> None:
+    """``Opaque`` has a rule and no replay."""
+    register(Operation("OpaqueBackward", "linear map", operands="+"))
+
+
+@pytest.mark.usefixtures("opaque")
+def test_a_broken_promise_is_one_clear_error() -> None:
+    """Named are the rule, the operation it stands at and the operation that cannot be replayed."""
+    x, model = draw(0, 2, 3).requires_grad_(), Layered()
+    y = model(x)
+    with pytest.raises(BrokenPromiseError) as caught:
+        relevance(y, x, composite=GAMMA)
+    for part in ("Gamma", "AddmmBackward0", "OpaqueBackward"):
+        assert part in str(caught.value)
+    # It came before any relevance moved, and the graph is as it was.
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    same(gradient, 2 * model.head.weight.sum(0).expand(2, 3))
+
+
+@pytest.mark.usefixtures("opaque")
+def test_all_broken_promises_are_listed_at_once() -> None:
+    first, second, x = draw(0, 4, 3), draw(1, 1, 3, 2), draw(2, 5, 4).requires_grad_()
+    y = torch.bmm(Opaque.apply(Opaque.apply(x) @ first).unsqueeze(0), second)
+    with pytest.raises(BrokenPromiseError) as caught:
+        relevance(y, x, composite=GAMMA)
+    assert "MmBackward0" in str(caught.value)
+    assert "BmmBackward0" in str(caught.value)
+
+
+@pytest.mark.usefixtures("opaque")
+def test_explain_records_what_cannot_be_replayed() -> None:
+    """It has the model, so that it can run it once more and look."""
+    x, model = draw(0, 2, 3), Layered()
+    frozen = explain(model, x, torch.sum, composite=GAMMA)
+    trainable = explain(model.requires_grad_(True), x, torch.sum, composite=GAMMA)
+    agrees(frozen, trainable.relevance, trainable.ledger.accounts)
+
+
+@pytest.mark.usefixtures("opaque")
+def test_rules_that_need_nothing_ask_for_nothing() -> None:
+    x, model = draw(0, 2, 3), Layered()
+    explanation = explain(model, x, torch.sum, composite="attnlrp")
+    agrees(explanation, x * 2 * model.head.weight.sum(0), {"parameters": 2 * model.head.bias.sum()})
+
+
+def test_relevance_of_a_frozen_bias_that_the_graph_does_not_know() -> None:
+    """``relevance`` finds a graph as it is. Gamma needs the bias: without it the result would be another one."""
+    layer, x = randomise(nn.Linear(3, 2)), draw(0, 2, 3).requires_grad_()
+    expected = relevance(layer(x), x, composite=GAMMA).relevance
+    y = layer.requires_grad_(False)(x)
+    found = None
+    with contextlib.suppress(BrokenPromiseError):
+        found = relevance(y, x, composite=GAMMA).relevance
+    if found is not None:
+        same(found, expected)
+    assert relevance(y, x, composite="attnlrp").ledger.closes
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_relevance_replays_what_the_graph_has(frozen: bool) -> None:
+    x = draw(0, 2, 6).requires_grad_()
+    net = Net(lambda h: torch.relu(h.flip(1)).roll(2, 1) + h)
+    net.last.bias = net.first.bias = None
+    expected = explain(net, x.detach(), torch.sum, composite=GAMMA)
+    net.requires_grad_(not frozen)
+    same(relevance(net(x), x, composite=GAMMA).relevance, expected.relevance)
+
+
+def test_a_saved_tensor_that_was_changed_in_place() -> None:
+    net, x = Net(torch.relu), draw(0, 2, 6).requires_grad_()
+    y = net(x)
+    with torch.no_grad():
+        net.last.weight.mul_(2.0)
+    with pytest.raises(BrokenPromiseError, match="in place"):
+        relevance(y, x, composite=GAMMA)
+
+
+def test_a_graph_that_a_backward_pass_freed() -> None:
+    net, x = Net(torch.relu), draw(0, 2, 6).requires_grad_()
+    y = net(x)
+    before = relevance(y, x, composite=GAMMA).relevance
+    y.sum().backward(retain_graph=True)
+    same(relevance(y, x, composite=GAMMA).relevance, before)
+    y.sum().backward()
+    with pytest.raises(FreedGraphError, match="retain_graph"):
+        relevance(y, x, composite=GAMMA)
+
+
+def test_a_layer_that_is_changed_in_place_afterwards() -> None:
+    """A requested layer's output is the promise of its value only as long as nobody writes to it."""
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.relu = nn.Linear(3, 4), nn.ReLU(inplace=True)
+            randomise(self)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.layer(x)) * 2.0
+
+    model, x = InPlace(), draw(0, 2, 3)
+    explanation = explain(model, x, torch.sum, layers=["layer", "relu"], composite=GAMMA)
+    z = model.layer(x).detach()
+    same(explanation.layers["layer"], 2 * z.relu())
+    same(explanation.layers["relu"], 2 * z.relu())
