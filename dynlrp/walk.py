@@ -281,7 +281,9 @@ class Walk:
             return None
         activation = self.promises.take(Edge(step.index, output), step.gated)
         if step.relevance_in:
-            return torch.where(value == 0, 0.0, value * activation)  # masked scores may be infinite
+            if step.hidden:  # masked scores may be infinite
+                return torch.where(value == 0, 0.0, value * activation)
+            return value * activation
         multiplier = torch.where(activation == 0, 0.0, value / activation).to(value.dtype)
         self.ledger.book(
             "absorbed",

@@ -85,7 +85,8 @@ class Group(NamedTuple):
 def divide(relevance: Tensor, z: Tensor, epsilon: float) -> Tensor:
     """``relevance / (z + epsilon * sign(z))`` with ``sign(0) = 1``; without stabiliser, 0 where z is 0."""
     if epsilon:
-        return relevance / torch.where(z < 0, z - epsilon, z + epsilon)
+        plus = torch.full((), epsilon, dtype=z.dtype, device=z.device)
+        return relevance / torch.where(z < 0, -plus, plus).add_(z)
     empty = z == 0
     return torch.where(empty, 0.0, relevance / torch.where(empty, 1.0, z)).to(relevance.dtype)
 
@@ -125,12 +126,12 @@ class TermRule(Rule):
             return results
         x = step.operand(math.input(step))
         w, b = self._parameters(step)
-        passed = torch.zeros((), dtype=r.dtype, device=r.device)
+        passed = torch.zeros((), dtype=torch.float32, device=r.device)
         for terms, relevance, z in self.groups(step, x, w, b, r):
             if z is None:
                 z = sum_terms(step, terms)
             s = divide(relevance, z, self.epsilon).to(w.dtype)  # under autocast z may be wider
-            passed = passed + (s * z).sum()
+            passed = passed + dot(s, z)
             for term in terms:
                 if step.wants[math.input(step)]:
                     share = math.backward(step, s, term.weight)
@@ -178,8 +179,8 @@ def sum_terms(step: Step, terms: Sequence[Term]) -> Tensor:
     z: Tensor | None = None
     for term in terms:
         part = step.operation.math.forward(step, term.x, term.weight)
-        part = part if term.bias is None else part + term.bias
-        z = part if z is None else z + part
+        part = part if term.bias is None else part.add_(term.bias)
+        z = part if z is None else z.add_(part)
     assert z is not None
     return z
 
@@ -187,6 +188,12 @@ def sum_terms(step: Step, terms: Sequence[Term]) -> Tensor:
 def _add(results: list[Tensor | None], position: int, value: Tensor) -> None:
     present = results[position]
     results[position] = value if present is None else present + value
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products, at least in float32."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype))
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

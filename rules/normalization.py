@@ -110,8 +110,12 @@ class BatchNorm:
         return g.sum((0, *range(2, g.ndim)))
 
     def replay(self, step: Any, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
-        mean, _ = self._statistics(step)
-        y = (x - self._column(mean, x.ndim)) * self._column(self._scale(step), x.ndim)
+        w = step.saved("weight") if w is None else w
+        if not step.saved("training"):
+            return torch.batch_norm(
+                x, w, b, step.saved("running_mean"), step.saved("running_var"), False, 0.0, step.saved("eps"), False
+            )
+        y = (x - self._column(self._statistics(step)[0], x.ndim)) * self._column(self._scale(step), x.ndim)
         return y if b is None else y + self._column(b, x.ndim)
 
 

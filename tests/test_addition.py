@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dynlrp import Composite, explain
-from dynlrp.rules import REGISTRY, EpsilonSum, Magnitude
+from dynlrp.rules import REGISTRY, EpsilonSum, Flat, Magnitude
 from tests.oracle import agrees, draw, same, stabilised
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -131,6 +131,17 @@ def test_by_magnitude(name: str, how: Sum, shapes: tuple[tuple[int, ...], ...], 
     wanted = [spread(share, shape) for share, shape in zip(shares, shapes, strict=True)]
     explanation = explain(how.function, (a, b), lambda y: (y * m).sum(), composite=BY_SIZE)
     agrees(explanation, wanted, {"absorbed": 0.0})
+
+
+def test_by_magnitude_where_both_are_zero() -> None:
+    """Relevance that a rule sends to a sum of nothing is absorbed."""
+    a, b, weight = draw(0, 2, 3), draw(1, 2, 3), draw(2, 4, 3)
+    a[0, 1] = b[0, 1] = 0
+    r = (((a + b) @ weight.t()) / (3 + 1e-6)).sum(1, keepdim=True).expand(2, 3)
+    composite = Composite.of("both", {"addition": Magnitude(), "dense": Flat()})
+    explanation = explain(lambda a, b: (a + b) @ weight.t(), (a, b), torch.sum, composite=composite)
+    lost = (a + b) @ weight.t() - 3 * ((a + b) @ weight.t()) / (3 + 1e-6)
+    agrees(explanation, list(magnitude(a, b, r)), {"absorbed": r[0, 1] + lost.sum()})
 
 
 @given(seed=SEEDS)

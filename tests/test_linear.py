@@ -278,6 +278,19 @@ def test_relevance_of_weights_and_biases(name: str, kind: str, data: st.DataObje
     agrees(explanation, found[:-1].sum(1).reshape(setup.x.shape), None, tolerance, scale)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_relevance_of_scaled_weights_and_biases(name: str) -> None:
+    """``beta * c + alpha * x @ w``: the factors belong to the weight and the bias."""
+    layer = Layer(partial(_addmm, alpha=0.5, beta=-3.0), draw(0, 4, 5), draw(1, 5))
+    x, case = draw(2, 3, 4), CASES[name]
+    found = shares(case, layer.dense((3, 4)), x, layer(x).detach())
+    explanation = explain(layer, x, torch.sum, composite=only(case.rule), parameters="*")
+    weights = torch.stack([found[i:12:4].reshape(3, 3, 5).diagonal().sum(1) for i in range(4)])
+    same(explanation.parameters["weight"], weights, case.tolerance)
+    bias = explanation.parameters["bias"]
+    same(torch.zeros(5).double() if bias is None else bias, found[-1].reshape(3, 5).sum(0), scale=1e-12)
+
+
 # Arrangements of matrix products ----------------------------------------------------------------------------
 
 
