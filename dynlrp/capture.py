@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules import module as hooks
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dynlrp.errors import CompiledModuleError, InputError, TrainingModeError
+
+Buffer = tuple[nn.Module, str, Tensor]
+"""A buffer with the module that owns it."""
 
 _sequence: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
@@ -78,6 +81,10 @@ class Recording:
             stack.callback(hooks.register_module_forward_pre_hook(enter).remove)
             stack.callback(hooks.register_module_forward_hook(leave).remove)
             yield
+
+    def requested(self) -> list[str]:
+        """Names of the requested modules, whether they ran or not."""
+        return [name for names in self._select().values() for name in names]
 
     def _select(self) -> dict[int, list[str]]:
         """Names of the requested modules by ``id``; a shared module may have several."""
@@ -173,7 +180,7 @@ class Recorder(TorchFunctionMode):
                 self.kept.append((*key, tensor.detach().clone()))
 
 
-def survey(model: Any, allow_training: bool) -> tuple[bool, list[Tensor]]:
+def survey(model: Any, allow_training: bool) -> tuple[bool, list[Buffer]]:
     """Look over the modules once. Returns whether any parameter is frozen, and the buffers; raises for what cannot
     be explained: compiled modules, active dropout, batch statistics."""
     if hasattr(model, "_orig_mod") or hasattr(model, "_torchdynamo_orig_callable"):
@@ -181,7 +188,7 @@ def survey(model: Any, allow_training: bool) -> tuple[bool, list[Tensor]]:
             "this module went through torch.compile, so its graph is one opaque node: explain the original, "
             "model._orig_mod, which shares its weights"
         )
-    buffers: list[Tensor] = []
+    buffers: list[Buffer] = []
     if not isinstance(model, nn.Module):
         return False, buffers
     active: list[nn.Module] = []
@@ -192,15 +199,16 @@ def survey(model: Any, allow_training: bool) -> tuple[bool, list[Tensor]]:
                 f"{type(module).__name__} in this model went through torch.compile, so its graph is one opaque node: "
                 f"explain the model without compiling that part"
             )
-        if module.training and not allow_training and _is_random(module):
+        if not allow_training and _is_random(module):
             active.append(module)
         frozen = frozen or not all(p is None or p.requires_grad for p in module._parameters.values())
-        buffers += [buffer for buffer in module._buffers.values() if buffer is not None]
+        buffers += [(module, name, buffer) for name, buffer in module._buffers.items() if buffer is not None]
     if active:
         names = {id(module): name or "the model" for name, module in model.named_modules()}
         raise TrainingModeError(
-            f"in training mode: {', '.join(names[id(m)] for m in active[:5])}{' ...' if len(active) > 5 else ''}. "
-            f"Call model.eval() before explaining, or pass allow_training=True to explain one random draw."
+            f"in training mode, or with statistics of the batch: {', '.join(names[id(m)] for m in active[:5])}"
+            f"{' ...' if len(active) > 5 else ''}. Call model.eval() before explaining, or pass allow_training=True to "
+            f"explain one random draw."
         )
     return frozen, buffers
 
@@ -215,10 +223,17 @@ def frozen_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _is_random(module: nn.Module) -> bool:
+    """Whether a module draws random numbers or mixes the samples of a batch."""
+    if isinstance(module, _BatchNorm):
+        return module.training or module.running_mean is None
+    if isinstance(module, _NormBase):  # instance norm: per sample, but it may update statistics
+        return module.training and module.track_running_stats
+    if not module.training:
+        return False
     if isinstance(module, _DropoutNd):
         return module.p > 0
     dropout = getattr(module, "dropout", None)
-    return isinstance(module, _NormBase) or (isinstance(dropout, float) and dropout > 0)
+    return isinstance(dropout, float) and dropout > 0
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
@@ -234,7 +249,7 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def same_state(buffers: list[Tensor], allow_training: bool) -> Iterator[None]:
+def same_state(buffers: list[Buffer], allow_training: bool) -> Iterator[None]:
     """Put buffers and random states back. A forward that draws random numbers is an error unless that is allowed."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     states: list[tuple[Any, Callable[[], Any], Callable[[Any], object], Callable[[Any, Any], bool]]] = [
@@ -246,7 +261,7 @@ def same_state(buffers: list[Tensor], allow_training: bool) -> Iterator[None]:
         (random.getstate(), random.getstate, random.setstate, operator.eq),
         (np.random.get_state(), np.random.get_state, np.random.set_state, _same_numpy),
     ]
-    kept = [(buffer, buffer._version, buffer.clone()) for buffer in buffers]
+    kept = [(*entry, entry[2]._version, entry[2].clone()) for entry in buffers]
     drawn = False
     try:
         yield
@@ -256,7 +271,8 @@ def same_state(buffers: list[Tensor], allow_training: bool) -> Iterator[None]:
                 put(before)
                 drawn = True
         with torch.no_grad():
-            for buffer, version, value in kept:
+            for module, name, buffer, version, value in kept:
+                module._buffers[name] = buffer
                 # Kernels of batch statistics write without counting a version.
                 if buffer._version != version or (allow_training and not torch.equal(buffer, value)):
                     buffer.copy_(value)

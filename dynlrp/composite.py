@@ -11,8 +11,10 @@ from dynlrp.errors import InputError
 from dynlrp.rules.addition import Magnitude
 from dynlrp.rules.attention import Attention
 from dynlrp.rules.linear import AlphaBeta, Epsilon, Flat, Gamma, ZBox, ZPlus
-from dynlrp.rules.operation import Gradient, Hold, Rule
+from dynlrp.rules.operation import REGISTRY, Gradient, Hold, Rule
 from dynlrp.rules.product import Ungated
+
+ROLES = ("attention", "gate", "self gate")
 
 
 class Site(NamedTuple):
@@ -42,6 +44,13 @@ class When:
     first: bool | None = None
     last: bool | None = None
     name: str | None = None
+
+    def __post_init__(self) -> None:
+        families = {operation.family for operation in REGISTRY.values()} | {"product"}
+        if self.family is not None and self.family not in families:
+            raise InputError(f"there is no operation family {self.family!r}; there are {', '.join(sorted(families))}")
+        if self.role is not None and self.role not in ROLES:
+            raise InputError(f"there is no role {self.role!r}; there are {', '.join(ROLES)}")
 
     def __call__(self, site: Site) -> bool:
         return (

@@ -18,9 +18,9 @@ class UnknownOperationError(DynLRPError):
         first = self.operations[0][0]
         super().__init__(
             f"{len(self.operations)} operation(s) have no rule:\n{places}\n"
-            f"If an operation is linear in its operands, one line is enough:\n"
-            f"    dynlrp.rules.linear_operation('{first}')\n"
-            f"Otherwise register a rule with @dynlrp.rules.rule('{first}'), or pass on_unknown='gradient' to treat "
+            f"Register a rule with @dynlrp.rules.rule('{first}'). Only if the operation is linear in all its\n"
+            f"operands, one line is enough: dynlrp.rules.linear_operation('{first}').\n"
+            f"For log-softmax explain the logits. Or pass on_unknown='gradient' to treat "
             f"these operations as their gradient (the ledger then lists them)."
         )
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from dynlrp.errors import (
     InputError,
     NonFiniteError,
     NoPathError,
+    TargetError,
     UnknownOperationError,
 )
 from dynlrp.explanation import Explanation
@@ -127,8 +128,10 @@ def relevance(
             raise NoPathError("the output does not require grad: it was computed without a graph")
         batch = output.shape[0] if output.ndim else 1
         seed = Seed(output, torch.ones_like(output), output.detach().reshape(batch, -1).sum(1), False)
-    else:
+    elif isinstance(initial, Tensor) and initial.is_floating_point():
         seed = make_seed(output, initial)
+    else:
+        raise InputError("initial must be a floating point tensor of the output's shape")
     run = _Run(seed, rules, on_unknown, release=False)
     run.captured[run.root] = (output.detach(), output._version)
     if all(isinstance(t, nn.Parameter) for t in tensors):
@@ -137,7 +140,7 @@ def relevance(
         if isinstance(tensor, nn.Parameter):
             run.observe(str(number), tensor)
         else:
-            run.want(tensor, tensor.detach())
+            run.want(*get_gradient_edge(tensor)[:2], tensor.detach())
     explanation = run.explain(check=False)
     if not explanation.finite():
         run.explain(check=True)
@@ -184,9 +187,9 @@ class _Run:
         self.leaves: dict[str, Edge | None] = {}
         self.rebuild: Callable[[list[Tensor | None]], Any] = lambda values: values
 
-    def want(self, tensor: Tensor, value: Tensor) -> int:
+    def want(self, node: Node, number: int, value: Tensor) -> int:
         """Ask for the relevance of a tensor of the graph; returns its group number."""
-        edge = self._edge(tensor)
+        edge = self.graph.edge(node, number)
         self.groups.append([len(self.wanted)])
         self.shapes.append(value.shape)
         self.wanted.append((edge, None))
@@ -204,8 +207,9 @@ class _Run:
         copied: list[tuple[int, Tensor]] = []
         memory = {ids.untyped_storage().data_ptr(): number for number, ids in enumerate(inputs)}
         for index, name in enumerate(self.graph.names):
-            if name == "EmbeddingBackward0":
-                indices = self.graph.nodes[index]._saved_indices
+            operation = REGISTRY.get(name)
+            if operation is not None and operation.lookup:
+                indices = getattr(self.graph.nodes[index], "_saved_" + operation.lookup)
                 number = memory.get(indices.untyped_storage().data_ptr())
                 if number is None:
                     copied.append((index, indices))
@@ -278,6 +282,13 @@ class _Run:
         paths = None
         if self.composite.by_path:
             paths = tuple(path(node._sequence_nr()) for node in self.graph.nodes)
+            lost = [
+                when.path for when, _ in self.composite.entries if when.path and not fnmatch.filter(paths, when.path)
+            ]
+            if lost:
+                raise InputError(
+                    f"composite {self.composite.name!r} selects by path {lost[0]!r}, where no operation runs"
+                )
         tapped = [edge for edges in self.taps.values() for edge in edges if edge is not None]
         leaves = [edge for edge in self.leaves.values() if edge is not None]
         structure = self.graph.structure(self.root, sources, self.seeded, [edge.node for edge in leaves], paths)
@@ -337,7 +348,7 @@ class _Run:
 
 
 def _single(values: list[Tensor | None]) -> Any:
-    return values[0] if len(values) == 1 else values
+    return values if len(values) > 1 else values[0] if values else None
 
 
 @dataclass(frozen=True)
@@ -377,6 +388,8 @@ class _Request:
             if not any(isinstance(leaf, Tensor) for leaf in leaves):
                 raise InputError("the inputs hold no tensor")
             arguments = pytree.tree_unflatten(given, spec)
+            # Before the model can change them in place.
+            entries = [_entry(argument) for argument in given]
             recording = Recording(self.model, self.layers)
             frozen = frozen_parameters(self.model) if self.frozen else []
             names = self._parameter_names()
@@ -384,8 +397,16 @@ class _Request:
             recorder = Recorder() if record else None
             with recording.watching(), aliases or nullcontext(), recorder or nullcontext():
                 result = _call(self.model, arguments)
-            seed = make_seed(find_output(result, self.output), self.target)
-            del result
+            found = find_output(result, self.output)
+            sizes = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
+            plain = self.target is None or isinstance(self.target, int)
+            if plain and found.ndim == 1 and sizes and len(found) not in sizes:
+                raise TargetError(
+                    f"the output of shape {tuple(found.shape)} has no batch dimension that fits the inputs; add one "
+                    f"in front of the inputs (x.unsqueeze(0)) so that the output is (batch, ...)"
+                )
+            seed = make_seed(found, self.target)
+            del result, found
             run = _Run(seed, self.composite, self.on_unknown, release)
             del seed
             run.recording = recording
@@ -393,16 +414,17 @@ class _Request:
                 run.keep(recorder.kept)
             order: list[int | None] = []
             ids: list[Tensor] = []
-            for leaf, argument in zip(leaves, given, strict=True):
+            for leaf, argument, entry in zip(leaves, given, entries, strict=True):
                 order.append(None)
-                if isinstance(leaf, Tensor) and argument.requires_grad:
-                    order[-1] = run.want(argument, leaf.detach())
+                if entry is not None:
+                    order[-1] = run.want(*entry, leaf.detach())
                 elif isinstance(leaf, Tensor) and not argument.is_floating_point() and argument.dtype != torch.bool:
                     order[-1] = -1 - len(ids)
                     ids.append(argument)
             rows = run.want_rows(ids)
             places = [None if n is None else n if n >= 0 else rows[-1 - n] for n in order]
             run.rebuild = lambda found: pytree.tree_unflatten([None if n is None else found[n] for n in places], spec)
+            run.taps = {name: [] for name in recording.requested()}
             for name, outputs in recording.outputs.items():
                 for node, number, value, version in outputs:
                     run.tap(name, node, number, value, version)
@@ -436,7 +458,7 @@ class _Request:
         everything = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         names: list[str] = []
         for pattern in self.parameters:
-            found = [name for name in everything if fnmatchcase(name, pattern)]
+            found = [name for name in everything if fnmatch.fnmatchcase(name, pattern)]
             if not found:
                 raise InputError(f"no parameter is called {pattern!r}; the model has {everything[:8]} ...")
             names += found
@@ -460,6 +482,14 @@ def _prepare(leaf: Any) -> Any:
         leaf = leaf.clone() if leaf.is_inference() else leaf.detach()
         return leaf.requires_grad_().clone()
     return leaf.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _entry(argument: Any) -> tuple[Node, int] | None:
+    """Node and output number of a floating point input."""
+    if not isinstance(argument, Tensor) or not argument.requires_grad:
+        return None
+    node, number = get_gradient_edge(argument)[:2]
+    return node, number
 
 
 def _call(model: Any, arguments: Any) -> Any:

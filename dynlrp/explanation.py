@@ -41,14 +41,13 @@ class Explanation:
 
     def finite(self) -> bool:
         """Whether no relevance, and nothing in the ledger, is NaN or infinite."""
+        found = [t for t in pytree.tree_leaves((self.relevance, self.layers, self.parameters)) if isinstance(t, Tensor)]
         totals = [self.value, self.ledger.amounts()]
-        sums = torch.stack([t.sum().double() for t in (*self.tensors(), *totals)])
+        sums = torch.stack([t.sum().double() for t in (*found, *totals)])
         if bool(torch.isfinite(sums).all()):
             return True
         # A sum may overflow where none of its terms does, in half precision above all.
-        return all(bool(torch.isfinite(t).all()) for t in self.tensors()) and not any(
-            bool(torch.isnan(t).any()) for t in totals
-        )
+        return all(bool(torch.isfinite(t).all()) for t in found) and not any(bool(torch.isnan(t).any()) for t in totals)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python numbers and lists, ready for JSON."""
@@ -135,7 +134,7 @@ class Explanation:
             *panels,
             title=title,
             facts={
-                "value": ", ".join(f"{self.value[n].item():.4g}" for n in numbers),
+                "value": ", ".join(f"{v:.4g}" for v in self.value.tolist()),
                 "composite": self.composite,
                 "ledger": "closes" if self.ledger.closes else "does not close",
             },

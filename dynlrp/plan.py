@@ -111,6 +111,7 @@ class Plan:
     roles: dict[int, Role]
 
 
+# Plans hold no tensors and their keys are complete, so calls from anywhere may share them.
 @lru_cache(maxsize=64)
 def make_plan(structure: Structure, composite: Composite, on_unknown: str = "error", version: int = 0) -> Plan:
     """Settle the rule, the operands to follow and the gauges for every node on a path from root to a source.
@@ -148,7 +149,7 @@ class _Planner:
         if self._kind(self.s.root) is not Kind.SIGNAL:
             raise NoPathError(
                 "no relevance can reach the inputs from this output: every path ends in an operation that carries "
-                "none (an integer or boolean result, argmax, a detached tensor, a normalisation statistic)"
+                "none (an integer or boolean result, argmax, a denominator, a logarithm, a normalisation statistic)"
             )
         return self._downwards()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dynlrp.errors import BrokenPromiseError, FreedGraphError
+from dynlrp.errors import BrokenPromiseError
 from dynlrp.graph import LEAF, Edge, Graph, Node
 from dynlrp.rules.operation import REGISTRY, Operation
 
@@ -236,6 +236,3 @@ class Promises:
 
     def _at_hand(self, recipe: Recipe) -> Tensor:
         return recipe.kept if recipe.kept is not None else self._read(recipe)
-
-
-__all__ = ["FREED", "FreedGraphError", "PromiseReport", "Promises"]

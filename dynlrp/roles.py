@@ -7,7 +7,6 @@ from typing import NamedTuple
 from dynlrp.graph import Edge, Structure
 from dynlrp.rules.operation import REGISTRY
 
-GATES = frozenset({"SigmoidBackward0", "SiluBackward0", "GeluBackward0", "TanhBackward0", "HardsigmoidBackward0"})
 POINTWISE = frozenset({"elementwise", "piecewise linear", "addition", "product", "quotient"})
 SMALL = 32
 """Longest written-out activation that is looked for, in operations."""
@@ -49,10 +48,15 @@ def roles(structure: Structure) -> dict[int, Role]:
         if own is not None:
             found[index] = Role(frozenset({"self gate"}), gate=own)
             continue
-        gate = next((i for i, end in ends.items() if structure.names[end.node] in GATES), None)
+        gate = next((i for i, end in ends.items() if _is_gate(structure.names[end.node])), None)
         if gate is not None:
             found[index] = Role(frozenset({"gate"}), gate=gate)
     return found
+
+
+def _is_gate(name: str) -> bool:
+    operation = REGISTRY.get(name)
+    return operation is not None and operation.gate
 
 
 def _through_copies(structure: Structure, edge: Edge) -> Edge:

