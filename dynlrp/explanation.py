@@ -33,7 +33,8 @@ class Explanation:
     layers: dict[str, Any] = field(default_factory=dict)
     """Relevance of a module's output by name; a list where the module ran more than once."""
     parameters: dict[str, Tensor | None] = field(default_factory=dict)
-    """Relevance of a parameter by name, summed over its uses and the batch; None where it took no part."""
+    """Relevance of a parameter by name, summed over its uses and the batch; None where it took no part, as
+    the parameters of a batch norm that a composite merges into the layer before it."""
 
     def tensors(self) -> list[Tensor]:
         """Every relevance tensor of the inputs."""

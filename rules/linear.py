@@ -80,6 +80,8 @@ class Group(NamedTuple):
     terms: tuple[Term, ...]
     relevance: Tensor
     denominator: Tensor | None = None
+    share: Tensor | None = None
+    """Relevance over the stabilised denominator, where the rule has it already."""
 
 
 def divide(relevance: Tensor, z: Tensor, epsilon: float) -> Tensor:
@@ -127,10 +129,12 @@ class TermRule(Rule):
         x = step.operand(math.input(step))
         w, b = self._parameters(step)
         passed = torch.zeros((), dtype=torch.float32, device=r.device)
-        for terms, relevance, z in self.groups(step, x, w, b, r):
+        for terms, relevance, z, s in self.groups(step, x, w, b, r):
             if z is None:
                 z = sum_terms(step, terms)
-            s = divide(relevance, z, self.epsilon).to(w.dtype)  # under autocast z may be wider
+            if s is None:
+                s = divide(relevance, z, self.epsilon)
+            s = s.to(w.dtype)  # under autocast z may be wider
             passed = passed + dot(s, z)
             for term in terms:
                 if step.wants[math.input(step)]:
@@ -145,13 +149,30 @@ class TermRule(Rule):
                     _add(results, math.weight(step), part * math.weight_backward(step, s, term.x, term.weight))
                 if term.bias is not None and b is not None:
                     if step.merged is not None:
-                        step.book("parameters", (term.bias * s).sum())
+                        self._pass_merged_bias(step, results, term.bias, b, s)
                     elif step.wants[math.bias] and self.emits == "relevance":
                         _add(results, math.bias, math.bias_sum(step, term.bias * s))
                     elif step.wants[math.bias]:
                         _add(results, math.bias, math.bias_backward(step, _ratio(term.bias, b) * s))
         step.book("absorbed", r.sum() - passed)
         return results
+
+    def _pass_merged_bias(self, step: Step, results: list[Tensor | None], part: Tensor, b: Tensor, s: Tensor) -> None:
+        """The share of a merged bias ``b0 * scale + shift``: b0 gets its own, the shift's is booked."""
+        math = step.operation.math
+        if math.bias is None or not step.wants[math.bias]:
+            step.book("parameters", (part * s.sum_to_size(part.shape)).sum())
+            return
+        assert step.merged is not None
+        scale, shift = step.merged.operation.math.affine(step.merged)
+        m = _ratio(part, b) * s
+        shift = math.column(step, shift)
+        step.book("parameters", (shift * m.sum_to_size(shift.shape)).sum())
+        m = m * math.column(step, scale)
+        if self.emits == "relevance":
+            _add(results, math.bias, math.bias_sum(step, math.bias_value(step, step.operand(math.bias)) * m))
+        else:
+            _add(results, math.bias, math.bias_backward(step, m))
 
     def _parameters(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as they act, with a following batch norm merged in."""
@@ -282,13 +303,19 @@ class Gamma(TermRule):
         down_bias = None if b is None else self._raised(b, None, 0.0)
         negative = _signed(step, x, down, up, down_bias)
         z = step.output()
+        up_sum = sum_terms(step, positive)
+        # With the bias both sums together make (2 + gamma) z.
+        double = torch.sub(up_sum, z, alpha=2 + self.gamma).neg_() if self.bias else None
+        down_sum = sum_terms(step, negative) if double is None else double
+        total = torch.where(z > 0, up_sum, down_sum)
+        share = divide(r, total, self.epsilon)
         return [
-            Group(positive, torch.where(z > 0, r, 0.0)),
-            Group(negative, torch.where(z < 0, r, 0.0)),
+            Group(positive, r, total, torch.where(z > 0, share, 0.0)),
+            Group(negative, r, total, torch.where(z < 0, share, 0.0)),
         ]
 
     def _raised(self, w: Tensor, low: float | None, high: float | None) -> Tensor:
-        return w + self.gamma * w.clamp(min=low, max=high)
+        return torch.add(w, w.clamp(min=low, max=high), alpha=self.gamma)
 
 
 @dataclass(frozen=True)
