@@ -11,7 +11,7 @@ from torch import Tensor
 from dynlrp.composite import Composite, Site
 from dynlrp.errors import InputError, NoPathError
 from dynlrp.graph import LEAF, Edge, Structure
-from dynlrp.roles import NO_ROLE, Role, roles
+from dynlrp.roles import NO_ROLE, roles
 from dynlrp.rules import Ungated
 from dynlrp.rules.operation import REGISTRY, VJP, Gradient, Grads, Hold, Need, Operation, Rule, Step
 
@@ -108,7 +108,6 @@ class Plan:
     """Sources with no other source behind them: here relevance leaves the graph."""
     consumers: dict[Edge, list[tuple[int, int]]]
     """Who uses a tensor: node and operand number."""
-    roles: dict[int, Role]
 
 
 # Plans hold no tensors and their keys are complete, so calls from anywhere may share them.
@@ -322,9 +321,7 @@ class _Planner:
             alone = len(step.operands) == 1 and step.signals == (True,) and step.operation.copies
             step.moves = step.operands[0] if step.plain and alone else None
         ends = frozenset(edge for edge in self.sources if not self.reaches[edge.node])
-        return Plan(
-            tuple(steps), tuple(s for s in steps if s.settles), frozenset(relevance), ends, self.consumers, self.roles
-        )
+        return Plan(tuple(steps), tuple(s for s in steps if s.settles), frozenset(relevance), ends, self.consumers)
 
     def _step(self, index: int, absorbed: dict[int, StepPlan], unknown: list[tuple[int, str]]) -> StepPlan:
         name = self.s.names[index]

@@ -20,7 +20,7 @@ class LiveStep:
     """A :class:`StepPlan` joined with its node: what rules see (:class:`~dynlrp.rules.operation.Step`)."""
 
     __slots__ = (
-        "_ledger", "_promises", "gated", "hidden", "merged", "met", "name", "node", "nonnegative", "observed",
+        "_ledger", "_promises", "gated", "hidden", "merged", "met", "name", "node", "nonnegative",
         "operation", "plan", "present", "signals", "wants",
     )  # fmt: skip
 
@@ -32,7 +32,7 @@ class LiveStep:
         self.met: set[Need] = set()
         self.merged = None if plan.merged is None else LiveStep(plan.merged, nodes, promises, ledger)
         self.name, self.operation = plan.name, plan.operation
-        self.wants, self.observed, self.signals, self.present = plan.wants, plan.observed, plan.signals, plan.present
+        self.wants, self.signals, self.present = plan.wants, plan.signals, plan.present
         self.nonnegative, self.gated, self.hidden = plan.nonnegative, plan.gated, plan.hidden
 
     def saved(self, name: str) -> Any:

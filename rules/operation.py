@@ -35,8 +35,6 @@ class Step(Protocol):
     operation: Operation
     wants: tuple[bool, ...]
     """For each operand: does anything need what the rule returns for it."""
-    observed: tuple[bool, ...]
-    """For each operand: is it a weight whose own relevance was asked for."""
     signals: tuple[bool, ...]
     """For each operand: does relevance travel on through it towards the inputs."""
     present: tuple[bool, ...]

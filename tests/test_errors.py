@@ -194,7 +194,7 @@ SITUATIONS: dict[str, tuple[type[DynLRPError], Callable[[], Any], Sequence[str]]
     "inf late": (NonFiniteError, lambda: explain(broken(torch.inf, "2.bias"), X, 0), ["AddmmBackward0 in 2"]),
     "overflow": (
         NonFiniteError,
-        lambda: explain(nn.Sequential(nn.Linear(4, 4).double(), Apply(lambda x: (x * 1e5).exp())), X),
+        lambda: explain(nn.Sequential(nn.Linear(4, 4).double(), Apply(lambda x: (x.abs() * 1e5).exp())), X),
         ["ExpBackward0 in 1"],
     ),
     "0 / 0": (
