@@ -16,6 +16,11 @@ from tests.peers import models as peers
 torch.set_num_threads(1)  # pytest-xdist runs one process per core
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_each_time() -> None:
+    torch.manual_seed(0)
+
+
 class Sample(NamedTuple):
     """A model with inputs for a batch and a target that fits."""
 
