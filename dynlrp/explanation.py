@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +45,7 @@ class Explanation:
         """Whether no relevance, and nothing in the ledger, is NaN or infinite."""
         found = [t for t in pytree.tree_leaves((self.relevance, self.layers, self.parameters)) if isinstance(t, Tensor)]
         totals = [self.value, self.ledger.amounts()]
-        sums = torch.stack([t.sum().double() for t in (*found, *totals)])
-        if bool(torch.isfinite(sums).all()):
+        if math.isfinite(sum(float(t.sum()) for t in (*found, *totals))):
             return True
         # A sum may overflow where none of its terms does, in half precision above all.
         return all(bool(torch.isfinite(t).all()) for t in found) and not any(bool(torch.isnan(t).any()) for t in totals)
