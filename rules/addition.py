@@ -41,7 +41,8 @@ class EpsilonSum(Rule):
 class Magnitude(Rule):
     """R_a = |a| / (|a| + |b|) R: shares by magnitude, whatever the signs  (Lee & Millan Arias 2025).
 
-    A summand that carries no signal takes its share too. Where both are 0 the relevance is absorbed.
+    A parameter takes its share too; what autograd did not record, a number or
+    a buffer, takes none. Where both are 0 the relevance is absorbed.
     """
 
     families = frozenset({"addition"})
