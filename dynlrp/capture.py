@@ -37,7 +37,7 @@ class Recording:
         self._model = model
         self._events: list[tuple[int, Any]] = []
         """Sequence number at every entry (module) and exit (None) of a module."""
-        self._layers = layers
+        self._wanted = self._select(layers)
         self._names: dict[int, str] | None = None
         self.outputs: dict[str, list[tuple[Any, int, Tensor, int]]] = {}
         """Per requested layer and call: node and number of the output, its value, and the version of that value."""
@@ -65,7 +65,7 @@ class Recording:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Follow the modules that this thread runs."""
-        thread, events, wanted = threading.get_ident(), self._events, self._select()
+        thread, events, wanted = threading.get_ident(), self._events, self._wanted
 
         def enter(module: nn.Module, _: Any) -> None:
             if threading.get_ident() == thread:
@@ -84,14 +84,14 @@ class Recording:
 
     def requested(self) -> list[str]:
         """Names of the requested modules, whether they ran or not."""
-        return [name for names in self._select().values() for name in names]
+        return [name for names in self._wanted.values() for name in names]
 
-    def _select(self) -> dict[int, list[str]]:
+    def _select(self, layers: Sequence[str]) -> dict[int, list[str]]:
         """Names of the requested modules by ``id``; a shared module may have several."""
         wanted: dict[int, list[str]] = {}
-        if self._layers and not isinstance(self._model, nn.Module):
+        if layers and not isinstance(self._model, nn.Module):
             raise InputError("layers= needs an nn.Module")
-        for pattern in self._layers:
+        for pattern in layers:
             everything = list(self._model.named_modules(remove_duplicate=False))
             found = [(name, module) for name, module in everything if fnmatchcase(name, pattern)]
             if not found:

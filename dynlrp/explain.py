@@ -87,6 +87,7 @@ def explain(
     except BrokenPromiseError:
         complete = False
     if not complete:
+        del run  # its graph
         with same_state(buffers, allow_training):
             explanation = request.forward(record=True).explain(check=False)
     if not explanation.finite():
@@ -123,6 +124,8 @@ def relevance(
     for number, tensor in enumerate(tensors):
         if not tensor.requires_grad:
             raise InputError(f"tensor {number} of wrt does not require grad, so the graph does not know it")
+    if all(isinstance(t, nn.Parameter) for t in tensors):
+        raise InputError("wrt holds parameters alone; name an input beside them, whose relevance they pass on")
     if initial is None:
         if not output.requires_grad:
             raise NoPathError("the output does not require grad: it was computed without a graph")
@@ -134,8 +137,6 @@ def relevance(
         raise InputError("initial must be a floating point tensor of the output's shape")
     run = _Run(seed, rules, on_unknown, release=False)
     run.captured[run.root] = (output.detach(), output._version)
-    if all(isinstance(t, nn.Parameter) for t in tensors):
-        raise InputError("wrt holds parameters alone; name an input beside them, whose relevance they pass on")
     for number, tensor in enumerate(tensors):
         if isinstance(tensor, nn.Parameter):
             run.observe(str(number), tensor)

@@ -13,7 +13,7 @@ from dynlrp.errors import InputError, NoPathError
 from dynlrp.graph import LEAF, Edge, Structure
 from dynlrp.roles import NO_ROLE, roles
 from dynlrp.rules import Ungated
-from dynlrp.rules.operation import REGISTRY, VJP, Gradient, Grads, Hold, Need, Operation, Rule, Step
+from dynlrp.rules.operation import REGISTRY, VJP, Gradient, Grads, Hold, Need, Operation, Rule, Step, letter
 
 
 class Kind(IntEnum):
@@ -213,7 +213,7 @@ class _Planner:
         best = Kind.CONSTANT
         for position, edge in enumerate(self.s.operands[index]):
             kind = self._kind(edge)
-            if kind is Kind.SIGNAL and self._letter(index, position) == "-":
+            if kind is Kind.SIGNAL and letter(self.letters[index], position) == "-":
                 kind = Kind.COEFFICIENT
             best = max(best, kind)
         return best
@@ -222,10 +222,6 @@ class _Planner:
         if edge is None:
             return Kind.CONSTANT
         return Kind.SIGNAL if edge in self.sources else self.kinds[edge.node]
-
-    def _letter(self, index: int, position: int) -> str:
-        letters = self.letters[index]
-        return letters[min(position, len(letters) - 1)] if letters else "+"
 
     def _is_linear(self, index: int, operation: Operation) -> bool:
         return operation.family in ("dense", "convolution") and self._family(index, operation) == operation.family
@@ -334,7 +330,7 @@ class _Planner:
                 unknown.append((index, name))
             operation, rule, fallback = Operation(name, "unknown", rule=Gradient(), operands="*"), Gradient(), True
         kinds = tuple(self._kind(edge) for edge in operands)
-        letters = [self._letter(index, position) for position in range(len(operands))]
+        letters = [letter(self.letters[index], position) for position in range(len(operands))]
         signals = tuple(k is Kind.SIGNAL and a != "-" for k, a in zip(kinds, letters, strict=True))
         travels = self.kinds[index] is Kind.SIGNAL  # else the way leads to an observed weight, which is no account
         booked = tuple(

@@ -1,7 +1,7 @@
 """Promises: activations that rules need and the graph may not have kept, resolved by pull.
 
-Who keeps a promise is settled before any relevance moves. A value comes from the first of: what the node saved of its
-own result; a leaf; what a consumer of the tensor saved; what was captured during the forward pass; replaying the node
+Who keeps a promise is settled before any relevance moves. A value comes from the first of: a leaf; what was captured
+during the forward pass; what the node saved of its own result; what a consumer of the tensor saved; replaying the node
 from its operands' promises. Values that several wait for are kept once and freed after the last has taken them.
 """
 

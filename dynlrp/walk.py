@@ -13,7 +13,7 @@ from dynlrp.graph import LEAF, Edge, Graph, Node
 from dynlrp.ledger import Ledger
 from dynlrp.plan import Kind, Plan, StepPlan
 from dynlrp.promise import FREED, Promises
-from dynlrp.rules.operation import OUTPUT, Account, Grads, Need, dot
+from dynlrp.rules.operation import OUTPUT, Account, Grads, Need, divide, dot
 
 
 class LiveStep:
@@ -280,7 +280,7 @@ class Walk:
             if step.hidden:  # masked scores may be infinite
                 return torch.where(value == 0, 0.0, value * activation)
             return value * activation
-        multiplier = torch.where(activation == 0, 0.0, value / activation).to(value.dtype)
+        multiplier = divide(value, activation, 0.0)
         self.ledger.book(
             "absorbed",
             step.name,

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlrp.rules.linear import divide
-from dynlrp.rules.operation import OUTPUT, Grads, Need, Operation, Rule, Step, StepShape, missing, register
+from dynlrp.rules.operation import OUTPUT, Grads, Need, Operation, Rule, Step, StepShape, divide, missing, register
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Magnitude(Rule):
         scaled: int = step.operation.math
         sizes[scaled] = sizes[scaled] * abs(step.saved("alpha"))
         whole = sizes[0] + sizes[1]
-        unit = torch.where(whole == 0, 0.0, r / torch.where(whole == 0, 1.0, whole)).to(r.dtype)
+        unit = divide(r, whole, 0.0)
         step.book("absorbed", torch.where(whole == 0, r, 0.0).sum())
         for position, size in enumerate(sizes):
             share = size * unit

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dynlrp.rules.operation import OUTPUT, Gauge, Grads, Need, Operation, Rule, Step, StepShape, dot, register
+from dynlrp.rules.operation import OUTPUT, Gauge, Grads, Need, Operation, Rule, Step, StepShape, divide, dot, register
 from dynlrp.rules.product import Shares
 
 aten: Any = torch.ops.aten
@@ -82,15 +82,6 @@ class Group(NamedTuple):
     denominator: Tensor | None = None
     share: Tensor | None = None
     """Relevance over the stabilised denominator, where the rule has it already."""
-
-
-def divide(relevance: Tensor, z: Tensor, epsilon: float) -> Tensor:
-    """``relevance / (z + epsilon * sign(z))`` with ``sign(0) = 1``; without stabiliser, 0 where z is 0."""
-    if epsilon:
-        plus = torch.full((), epsilon, dtype=z.dtype, device=z.device)
-        return relevance / torch.where(z < 0, -plus, plus).add_(z)
-    empty = z == 0
-    return torch.where(empty, 0.0, relevance / torch.where(empty, 1.0, z)).to(relevance.dtype)
 
 
 @dataclass(frozen=True)
@@ -213,7 +204,7 @@ def _add(results: list[Tensor | None], position: int, value: Tensor) -> None:
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     """The multiplier form of a modified parameter: part / whole, 0 where the parameter is 0."""
-    return torch.where(whole == 0, 0.0, part / torch.where(whole == 0, 1.0, whole)).to(whole.dtype)
+    return divide(part, whole, 0.0)
 
 
 def _signed(step: Step, x: Tensor, favoured: Tensor, other: Tensor, bias: Tensor | None) -> tuple[Term, ...]:

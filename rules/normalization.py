@@ -68,11 +68,25 @@ class LayerNorm:
         return y if bias is None else y + bias
 
 
-class BatchNorm:
-    """Per channel over batch and space: running statistics, or those of the batch."""
+class PerChannel:
+    """What norms with one weight and bias per channel share."""
+
+    def normalised(self, step: Any) -> Tensor:
+        """The output before weight and bias."""
+        raise NotImplementedError
 
     def _column(self, v: Tensor, ndim: int) -> Tensor:
         return v.reshape(1, -1, *[1] * (ndim - 2))
+
+    def weight_backward(self, step: Step, g: Tensor) -> Tensor:
+        return (g * self.normalised(step)).sum((0, *range(2, g.ndim)))
+
+    def bias_backward(self, step: Step, g: Tensor) -> Tensor:
+        return g.sum((0, *range(2, g.ndim)))
+
+
+class BatchNorm(PerChannel):
+    """Per channel over batch and space: running statistics, or those of the batch."""
 
     def _statistics(self, step: Any) -> tuple[Tensor, Tensor]:
         if step.saved("training"):
@@ -101,13 +115,10 @@ class BatchNorm:
         step.book("constants", -(g.sum(axes) * scale * self._statistics(step)[0]).sum())
         return m
 
-    def weight_backward(self, step: Step, g: Tensor) -> Tensor:
+    def normalised(self, step: Any) -> Tensor:
         mean, rstd = self._statistics(step)
-        x: Tensor = (step.saved("input") - self._column(mean, g.ndim)) * self._column(rstd, g.ndim)
-        return (g * x).sum((0, *range(2, g.ndim)))
-
-    def bias_backward(self, step: Step, g: Tensor) -> Tensor:
-        return g.sum((0, *range(2, g.ndim)))
+        x: Tensor = step.saved("input")
+        return (x - self._column(mean, x.ndim)) * self._column(rstd, x.ndim)
 
     def replay(self, step: Any, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         w = step.saved("weight") if w is None else w
@@ -119,14 +130,11 @@ class BatchNorm:
         return y if b is None else y + self._column(b, x.ndim)
 
 
-class GroupNorm:
+class GroupNorm(PerChannel):
     """Groups of channels of each sample."""
 
     def _grouped(self, step: Any, v: Tensor) -> Tensor:
         return v.reshape(step.saved("N"), step.saved("group"), -1)
-
-    def _column(self, v: Tensor, ndim: int) -> Tensor:
-        return v.reshape(1, -1, *[1] * (ndim - 2))
 
     def backward(self, step: Step, g: Tensor) -> Tensor:
         weight = step.saved("weight")
@@ -141,20 +149,10 @@ class GroupNorm:
         y: Tensor = (self._grouped(step, x) - step.saved("result1").unsqueeze(-1)) * step.saved("result2").unsqueeze(-1)
         return y.reshape(x.shape)
 
-    def weight_backward(self, step: Step, g: Tensor) -> Tensor:
-        return (g * self.normalised(step)).sum((0, *range(2, g.ndim)))
-
-    def bias_backward(self, step: Step, g: Tensor) -> Tensor:
-        return g.sum((0, *range(2, g.ndim)))
-
     def replay(self, step: Any, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         y, weight = self.normalised(step), step.saved("weight")
         y = y if weight is None else y * self._column(weight, y.ndim)
         return y if b is None else y + self._column(b, y.ndim)
-
-
-def _loses_bias(weighted: Any, present: tuple[bool, ...]) -> bool:
-    return bool(weighted) and not present[2]
 
 
 _layer, _batch, _group = LayerNorm(), BatchNorm(), GroupNorm()
@@ -192,7 +190,7 @@ register(
         operands="+*+",
         saved={0: "input"},
         facts=lambda node: node._saved_weight is not None,
-        hides=_loses_bias,
+        hides=lambda weighted, present: weighted and not present[2],
         replay=_group.replay,
         math=_group,
     )

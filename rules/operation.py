@@ -191,7 +191,12 @@ class Operation:
     """What the rules of this family need to know (a linear map, a function with its value at zero ...)."""
 
     def letter(self, index: int) -> str:
-        return self.operands[min(index, len(self.operands) - 1)] if self.operands else "+"
+        return letter(self.operands, index)
+
+
+def letter(operands: str, index: int) -> str:
+    """The letter of one operand; see :class:`Operation`."""
+    return operands[min(index, len(operands) - 1)] if operands else "+"
 
 
 class Registry(dict[str, Operation]):
@@ -230,6 +235,15 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
         a, b = a.to(dtype), b.to(dtype)
     return torch.dot(a, b) if a.ndim == 1 else torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def divide(relevance: Tensor, z: Tensor, epsilon: float) -> Tensor:
+    """``relevance / (z + epsilon * sign(z))`` with ``sign(0) = 1``; without stabiliser, 0 where z is 0."""
+    if epsilon:
+        plus = torch.full((), epsilon, dtype=z.dtype, device=z.device)
+        return relevance / torch.where(z < 0, -plus, plus).add_(z)
+    empty = z == 0
+    return torch.where(empty, 0.0, relevance / torch.where(empty, 1.0, z)).to(relevance.dtype)
 
 
 def linear_operation(*names: str, family: str = "linear map", **traits: Any) -> None:
