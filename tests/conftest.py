@@ -29,6 +29,29 @@ class Sample(NamedTuple):
     target: Any
 
 
+class Apply(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Opaque(torch.autograd.Function):
+    """Doubles, keeps nothing, and nobody knows how to repeat it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
+
+
 class RMSNorm(nn.Module):
     """Llama's norm without its cast to float32, so that float64 stays float64."""
 

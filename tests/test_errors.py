@@ -31,7 +31,7 @@ from dynlrp import (
     rules,
 )
 from dynlrp.rules import Gamma
-from tests.conftest import bias_free, close, gradient_x_input
+from tests.conftest import Apply, bias_free, close, gradient_x_input
 
 X = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -60,17 +60,6 @@ class Square(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return 2 * g * ctx.saved_tensors[0]
-
-
-class Apply(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def strange() -> nn.Sequential:

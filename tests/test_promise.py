@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dynlrp import BrokenPromiseError, Composite, FreedGraphError, When, explain, relevance
 from dynlrp.rules import AlphaBeta, Epsilon, Gamma, Need, Operation, Rule, WSquare, ZBox, ZPlus, register
 from dynlrp.rules.operation import OUTPUT, Grads, Step, StepShape
+from tests.conftest import Opaque
 from tests.oracle import agrees, draw, same
 
 GAMMA = Composite.of("gamma", {"dense": Gamma(), "convolution": Gamma()})
@@ -258,18 +259,6 @@ def test_two_that_wait_for_one_value(counter: Counter) -> None:
 
 
 # Broken promises --------------------------------------------------------------------------------------------
-
-
-class Opaque(torch.autograd.Function):
-    """Linear, but with no replay."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2.0
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g * 2.0
 
 
 class Layered(nn.Module):

@@ -23,7 +23,7 @@ from dynlrp import (
     rules,
 )
 from dynlrp.rules import Gamma
-from tests.conftest import bias_free, close, gradient_x_input, same, sample
+from tests.conftest import Opaque, bias_free, close, gradient_x_input, same, sample
 from tests.peers import models as peers
 
 
@@ -307,18 +307,6 @@ def test_frozen_biases_do_not_matter_to_multipliers(name: str) -> None:
     close(found.relevance, expected.relevance)
     # What a frozen bias took is booked, or said to be unresolved.
     assert found.ledger.closes or found.ledger.unresolved
-
-
-class Opaque(torch.autograd.Function):
-    """Doubles, keeps nothing, and nobody knows how to repeat it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g * 2
 
 
 def test_a_promise_that_nobody_keeps_is_one_error_before_anything_moves(registry: Any) -> None:

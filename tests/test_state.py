@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from dynlrp import COMPOSITES, DynLRPError, explain, relevance, rules
-from tests.conftest import sample
+from tests.conftest import Apply, sample
 from tests.peers import models as peers
 
 X = peers.inputs((2, 3, 12, 12), 3)
@@ -27,15 +27,6 @@ class Failure(Exception):
 class Fails(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         raise Failure
-
-
-class Apply(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def net(*middle: nn.Module, inplace: bool = False) -> nn.Sequential:
