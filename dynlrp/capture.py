@@ -21,11 +21,15 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynlrp.errors import CompiledModuleError, InputError, TrainingModeError
 
 Buffer = tuple[nn.Module, str, Tensor]
 """A buffer with the module that owns it."""
+
+SMALL = 65536
+"""Largest buffer that is copied together with others."""
 
 _sequence: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
@@ -156,13 +160,25 @@ class Aliases(TorchFunctionMode):
 
 
 class Recorder(TorchFunctionMode):
-    """Keeps a copy of every tensor of the graph, for promises that nobody else can keep."""
+    """Keeps a copy of every tensor of the graph, for promises that nobody else can keep.
+
+    What a function makes is seen where it is called or used, and the steps inside it below autograd, where the node
+    of each has just been numbered.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: list[tuple[Any, int, Tensor]] = []
-        """Node, output number and value."""
-        self._seen: set[tuple[Any, int]] = set()
+        self._inner = _Inner()
+        self._kept: dict[tuple[Any, int], Tensor] = {}
+
+    def __enter__(self) -> Recorder:
+        self._inner.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        self._inner.__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in pytree.tree_leaves((args, kwargs)):  # what custom functions made is seen where it is used
@@ -173,11 +189,48 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _keep(self, tensor: Any) -> None:
+        if isinstance(tensor, Tensor) and tensor._base is not None:  # a write into a view changes its base
+            self._keep(tensor._base)
         if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
             key = (tensor.grad_fn, tensor.output_nr)
-            if key not in self._seen:
-                self._seen.add(key)
-                self.kept.append((*key, tensor.detach().clone()))
+            if key not in self._kept and self._inner.find(*key) is None:
+                self._kept[key] = tensor.detach().clone()
+
+    def values(self, nodes: Sequence[Any]) -> Iterator[tuple[Any, int, Tensor]]:
+        """Node, output number and value, in the order of the nodes."""
+        for node in nodes:
+            for number in range(len(node._input_metadata)):
+                value = self._kept.get((node, number), self._inner.find(node, number))
+                if value is not None:
+                    yield node, number, value
+
+
+class _Inner(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps what operations make by the number of the node that autograd recorded before it ran them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._made: dict[int, tuple[str, list[Any]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        number = _sequence() - 1
+        result = func(*args, **(kwargs or {}))
+        if number not in self._made:  # later ones with this number have no node
+            made = [t.detach().clone() if isinstance(t, Tensor) else None for t in pytree.tree_leaves(result)]
+            self._made[number] = (_bare(func.__name__.partition(".")[0]), made)
+        return result
+
+    def find(self, node: Any, number: int) -> Tensor | None:
+        name, made = self._made.get(node._sequence_nr(), ("", ()))
+        if not name or number >= len(made) or not _bare(node.name()).startswith(name + "backward"):
+            return None
+        value, expected = made[number], node._input_metadata[number]
+        fits = value is not None and list(value.shape) == expected.shape and value.dtype is expected.dtype
+        return value if fits else None
+
+
+def _bare(name: str) -> str:
+    return name.replace("_", "").lower()
 
 
 def survey(model: Any, allow_training: bool) -> tuple[bool, list[Buffer]]:
@@ -248,6 +301,23 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
                 stack.append(child)
 
 
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Flat copies; small tensors of one kind in one go, as a net may have hundreds of them."""
+    copies: list[Tensor | None] = [None] * len(tensors)
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor.layout is torch.strided and tensor.numel() <= SMALL:
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(place)
+        else:
+            copies[place] = tensor.clone()
+    for places in kinds.values():
+        together = torch.cat([tensors[place].detach().reshape(-1) for place in places])
+        parts = torch.split(together, [tensors[place].numel() for place in places])
+        for place, part in zip(places, parts, strict=True):
+            copies[place] = part
+    return [copy for copy in copies if copy is not None]
+
+
 @contextmanager
 def same_state(buffers: list[Buffer], allow_training: bool) -> Iterator[None]:
     """Put buffers and random states back. A forward that draws random numbers is an error unless that is allowed."""
@@ -261,7 +331,8 @@ def same_state(buffers: list[Buffer], allow_training: bool) -> Iterator[None]:
         (random.getstate(), random.getstate, random.setstate, operator.eq),
         (np.random.get_state(), np.random.get_state, np.random.set_state, _same_numpy),
     ]
-    kept = [(*entry, entry[2]._version, entry[2].clone()) for entry in buffers]
+    copies = _copies([buffer for _, _, buffer in buffers])
+    kept = [(*entry, entry[2]._version, value) for entry, value in zip(buffers, copies, strict=True)]
     drawn = False
     try:
         yield
@@ -273,6 +344,7 @@ def same_state(buffers: list[Buffer], allow_training: bool) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, version, value in kept:
                 module._buffers[name] = buffer
+                value = value if value.shape == buffer.shape else value.view(buffer.shape)
                 # Kernels of batch statistics write without counting a version.
                 if buffer._version != version or (allow_training and not torch.equal(buffer, value)):
                     buffer.copy_(value)

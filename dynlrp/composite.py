@@ -14,7 +14,7 @@ from dynlrp.rules.linear import AlphaBeta, Epsilon, Flat, Gamma, ZBox, ZPlus
 from dynlrp.rules.operation import REGISTRY, Gradient, Hold, Rule
 from dynlrp.rules.product import Ungated
 
-ROLES = ("attention", "gate", "self gate")
+ROLES = ("attention", "gate", "self gate", "transition")
 
 
 class Site(NamedTuple):
@@ -33,7 +33,8 @@ class When:
     """A condition on a place in the graph; what is left out always holds.
 
     ``family``: an operation family (``dense``, ``convolution``, ``product``, ``attention``, ``softmax``,
-    ``elementwise``, ``normalization``, ``addition`` ...). ``role``: ``attention`` or ``gate``. ``path``: a glob over
+    ``elementwise``, ``normalization``, ``addition`` ...). ``role``: ``attention``, ``gate``, ``self gate`` or
+    ``transition``. ``path``: a glob over
     module paths. ``first`` / ``last``: linear operations with no other between them and the input / the output.
     ``name``: the exact node name.
     """

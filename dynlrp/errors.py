@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class DynLRPError(Exception):
@@ -10,18 +10,24 @@ class DynLRPError(Exception):
 
 
 class UnknownOperationError(DynLRPError):
-    """Relevance reaches operations that no rule covers. ``operations`` holds ``(name, module path)`` pairs."""
+    """Relevance reaches operations that no rule covers. ``operations`` holds ``(name, module path)`` pairs.
 
-    def __init__(self, operations: Sequence[tuple[str, str]]) -> None:
+    ``reasons`` says, by name, why an operation is blocked on purpose.
+    """
+
+    def __init__(self, operations: Sequence[tuple[str, str]], reasons: Mapping[str, str] | None = None) -> None:
         self.operations = list(dict.fromkeys(operations))
-        places = "\n".join(f"  {name} in {path or 'the model itself'}" for name, path in self.operations)
+        self.reasons = {name: reason for name, reason in (reasons or {}).items() if reason}
+        places = "\n".join(
+            f"  {name} in {path or 'the model itself'}" + (f": {self.reasons[name]}" if name in self.reasons else "")
+            for name, path in self.operations
+        )
         first = self.operations[0][0]
         super().__init__(
             f"{len(self.operations)} operation(s) have no rule:\n{places}\n"
             f"Register a rule with @dynlrp.rules.rule('{first}'). Only if the operation is linear in all its\n"
             f"operands, one line is enough: dynlrp.rules.linear_operation('{first}').\n"
-            f"For log-softmax explain the logits. Or pass on_unknown='gradient' to treat "
-            f"these operations as their gradient (the ledger then lists them)."
+            f"Or pass on_unknown='gradient' to treat these operations as their gradient (the ledger then lists them)."
         )
 
 

@@ -24,12 +24,13 @@ from dynlrp.errors import (
     TargetError,
     UnknownOperationError,
 )
+from dynlrp.expansion import Expander
 from dynlrp.explanation import Explanation
 from dynlrp.graph import Edge, Graph, Node, Structure
 from dynlrp.ledger import Ledger
 from dynlrp.plan import Plan, UnknownNodes, make_plan
-from dynlrp.promise import FREED, Promises
-from dynlrp.rules.operation import REGISTRY
+from dynlrp.promise import FREED, Operands, Promises
+from dynlrp.rules.operation import REGISTRY, product
 from dynlrp.target import Seed, Target, find_output, make_seed
 from dynlrp.walk import Walk
 
@@ -130,7 +131,9 @@ def relevance(
         if not output.requires_grad:
             raise NoPathError("the output does not require grad: it was computed without a graph")
         batch = output.shape[0] if output.ndim else 1
-        seed = Seed(output, torch.ones_like(output), output.detach().reshape(batch, -1).sum(1), False)
+        seed = Seed(
+            output, torch.ones_like(output), output.detach().reshape(batch, output.shape[1:].numel()).sum(1), False
+        )
     elif isinstance(initial, Tensor) and initial.is_floating_point():
         seed = make_seed(output, initial)
     else:
@@ -202,7 +205,8 @@ class _Run:
         """Ask for one number per id of every embedding that one of ``inputs`` indexes; returns their group numbers.
 
         An embedding belongs to the input whose memory its indices lie in, be it a view; else, where the model copied
-        its ids, to the first input without such an embedding that holds the same numbers.
+        its ids, to the first input without such an embedding that holds the same numbers, maybe transposed, padded
+        or cut.
         """
         groups: list[list[int]] = [[] for _ in inputs]
         copied: list[tuple[int, Tensor]] = []
@@ -221,8 +225,9 @@ class _Run:
         taken = [bool(group) for group in groups]
         for index, indices in copied:
             for number, ids in enumerate(inputs):
-                if not taken[number] and torch.equal(indices.reshape(-1), ids.reshape(-1)):
-                    groups[number].append(self._want_edge(index, None))
+                found = None if taken[number] else _places(indices, ids)
+                if found is not None:
+                    groups[number].append(self._want_edge(index, found))
                     break
         numbers = []
         for group, ids in zip(groups, inputs, strict=True):
@@ -231,8 +236,10 @@ class _Run:
             self.shapes.append(ids.shape)
         return numbers
 
-    def _want_edge(self, index: int, places: Tensor | None) -> int:
-        self.wanted.append((Edge(index, 0), Rows(places)))
+    def _want_edge(self, index: int, places: Tensor) -> int:
+        operation = REGISTRY[self.graph.names[index]]
+        table = self.graph.operands[index][0] if operation.rows is not None else None
+        self.wanted.append((Edge(index, 0), Rows(places, operation.rows, self.graph.nodes[index], table)))
         return len(self.wanted) - 1
 
     def tap(self, name: str, node: Node, number: int, value: Tensor, version: int) -> None:
@@ -242,13 +249,11 @@ class _Run:
         if edge is not None and edge not in self.captured:
             self.captured[edge] = (value, version)
 
-    def keep(self, recorded: list[tuple[Node, int, Tensor]]) -> None:
+    def keep(self, recorder: Recorder) -> None:
         """Values of tensors, for promises."""
-        self.recorded = recorded
-        for node, number, value in recorded:
-            edge = self.graph.edge(node, number)
-            if edge is not None:
-                self.captured[edge] = (value, value._version)
+        self.recorded = list(recorder.values(self.graph.nodes))
+        for node, number, value in self.recorded:
+            self.captured[Edge(self.graph.index[node], number)] = (value, value._version)
 
     def observe(self, name: str, parameter: Tensor) -> None:
         self.leaves[name] = self._edge(parameter) if parameter.requires_grad else None
@@ -292,14 +297,17 @@ class _Run:
                 )
         tapped = [edge for edges in self.taps.values() for edge in edges if edge is not None]
         leaves = [edge for edge in self.leaves.values() if edge is not None]
-        structure = self.graph.structure(self.root, sources, self.seeded, [edge.node for edge in leaves], paths)
+        structure = self.graph.structure(self.root, sources, self.seeded, [edge.node for edge in leaves], paths=paths)
         plan = self._plan(structure, path)
         ledger = Ledger()
-        ledger._output, ledger._path = self.value.sum(), path
+        ledger._output = self.value.sum()
         promises = Promises(self.graph, plan.consumers, self.captured)
-        walk = Walk(plan, self.graph, promises, ledger, path, check=check, release=self.release)
+        expand = Expander(self.composite, self.on_unknown, ledger, path)
+        ledger._path = expand.path
+        walk = Walk(plan, self.graph, promises, ledger, expand, check=check, release=self.release)
         keep = list(dict.fromkeys([*sources, *tapped, *leaves]))
-        walk.settle([edge for edge in keep if edge not in plan.relevance_edges])
+        tables = [rows.table for _, rows in self.wanted if rows is not None and rows.table is not None]
+        walk.settle([edge for edge in keep if edge not in plan.relevance_edges] + tables)
         visited = len(plan.steps)
         sequences = {edge: self.graph.nodes[edge.node]._sequence_nr() for edge in sources}
         if self.release:
@@ -311,7 +319,7 @@ class _Run:
                 return None
             if edge in plan.relevance_edges:
                 return arrived[edge]
-            return arrived[edge] * promises.take(edge)
+            return product(arrived[edge], promises.take(edge))
 
         found = {edge: read(edge) for edge in keep}
         for source in dict.fromkeys(sources):
@@ -327,7 +335,8 @@ class _Run:
                 edge, rows = self.wanted[position]
                 part = found.get(edge) if edge is not None else None
                 if part is not None:
-                    parts.append(part if rows is None else rows.read(part, shape))
+                    table = None if rows is None or rows.table is None else promises.take(rows.table)
+                    parts.append(part if rows is None else rows.read(part, shape, table))
             results.append(sum(parts[1:], parts[0]) if parts else None)
         return Explanation(
             relevance=self.rebuild(results),
@@ -344,7 +353,8 @@ class _Run:
             return make_plan(structure, self.composite, self.on_unknown, REGISTRY.version)
         except UnknownNodes as error:
             raise UnknownOperationError(
-                [(name, path(self.graph.nodes[index]._sequence_nr())) for index, name in error.nodes]
+                [(name, path(self.graph.nodes[index]._sequence_nr())) for index, name in error.nodes],
+                error.reasons,
             ) from None
 
 
@@ -355,16 +365,41 @@ def _single(values: list[Tensor | None]) -> Any:
 @dataclass(frozen=True)
 class Rows:
     """How the relevance of an embedding becomes one number per id: ``places`` are the ids' positions in the input,
-    None where they are all of them in order."""
+    one past the last for ids that the model added. ``split`` is the operation's ``rows``, ``table`` its operand."""
 
-    places: Tensor | None
+    places: Tensor
+    split: Callable[..., Tensor] | None
+    node: Node
+    table: Edge | None
 
-    def read(self, relevance: Tensor, shape: torch.Size) -> Tensor:
-        rows = relevance.sum(-1)
-        if self.places is None:
-            return rows.reshape(shape)
-        flat = torch.zeros(shape.numel(), dtype=rows.dtype, device=rows.device)
-        return flat.index_add_(0, self.places.reshape(-1), rows.reshape(-1)).reshape(shape)
+    def read(self, relevance: Tensor, shape: torch.Size, table: Tensor | None) -> Tensor:
+        rows = relevance.sum(-1) if self.split is None else self.split(Operands(self.node), relevance, table)
+        flat = torch.zeros(shape.numel() + 1, dtype=rows.dtype, device=rows.device)
+        return flat.index_add_(0, self.places.reshape(-1), rows.reshape(-1))[:-1].reshape(shape)
+
+
+def _places(indices: Tensor, ids: Tensor) -> Tensor | None:
+    """Where in ``ids`` copied ``indices`` come from; None where they do not.
+
+    They may be transposed, have more or fewer at either end of their sequence, or be in another shape.
+    """
+    order = torch.arange(ids.numel(), device=indices.device)
+    if indices.numel() == ids.numel() and torch.equal(indices.reshape(-1), ids.reshape(-1)):
+        return order
+    order = order.reshape(ids.shape)
+    if ids.ndim != indices.ndim or not ids.numel() or not indices.numel():
+        return None
+    if ids.ndim == 2 and ids.shape == indices.shape[::-1] and torch.equal(indices.t(), ids):
+        return order.t()
+    length = min(ids.shape[-1], indices.shape[-1])
+    if ids.shape[:-1] != indices.shape[:-1] or ids.shape == indices.shape:
+        return None
+    for part in (slice(0, length), slice(-length, None)):
+        if torch.equal(indices[..., part], ids[..., part]):
+            places = torch.full_like(indices, ids.numel(), dtype=torch.long)
+            places[..., part] = order[..., part]
+            return places
+    return None
 
 
 @dataclass
@@ -412,7 +447,7 @@ class _Request:
             del seed
             run.recording = recording
             if recorder is not None:
-                run.keep(recorder.kept)
+                run.keep(recorder)
             order: list[int | None] = []
             ids: list[Tensor] = []
             for leaf, argument, entry in zip(leaves, given, entries, strict=True):
@@ -443,6 +478,9 @@ class _Request:
         run = self.forward(release=False, record=True)
         assert run.recording is not None
         for node, _, value in run.recorded:
+            operation = REGISTRY.get(node.name())
+            if operation is not None and operation.copies:
+                continue
             if bool((torch.isnan(value) | (value == torch.inf)).any()):  # scores may be masked with -inf
                 path = run.recording.path(node._sequence_nr())
                 raise NonFiniteError(f"an activation is not finite first behind {node.name()} in {path or 'the model'}")

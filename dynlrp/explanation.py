@@ -44,11 +44,12 @@ class Explanation:
     def finite(self) -> bool:
         """Whether no relevance, and nothing in the ledger, is NaN or infinite."""
         found = [t for t in pytree.tree_leaves((self.relevance, self.layers, self.parameters)) if isinstance(t, Tensor)]
-        totals = [self.value, self.ledger.amounts()]
-        if math.isfinite(sum(float(t.sum()) for t in (*found, *totals))):
+        totals = [self.value.sum(), self.ledger.total()]
+        # One look for all, as looking waits for an accelerator.
+        if math.isfinite(sum(t.sum(dtype=torch.float64).to(self.value.device) for t in (*found, *totals))):
             return True
         # A sum may overflow where none of its terms does, in half precision above all.
-        return all(bool(torch.isfinite(t).all()) for t in found) and not any(bool(torch.isnan(t).any()) for t in totals)
+        return all(bool(torch.isfinite(t).all()) for t in (*found, self.value)) and not bool(torch.isnan(totals[1]))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python numbers and lists, ready for JSON."""

@@ -6,6 +6,8 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from dynlrp.rules.operation import REGISTRY
 
 Node = Any
@@ -35,8 +37,14 @@ class Structure:
     """The root is given relevance instead of a multiplier."""
     observed: tuple[int, ...] = ()
     """Leaf nodes whose relevance is asked for although they are weights."""
+    coefficients: tuple[int, ...] = ()
+    """Leaf nodes that stand for coefficients of a larger graph."""
     paths: tuple[str, ...] | None = None
     """Module path of every node; only where the composite selects by path."""
+    first: bool = True
+    """No linear operation lies between this graph and the inputs (False inside an operation that is re-run)."""
+    last: bool = True
+    """None lies between it and the output."""
 
 
 class Graph:
@@ -58,14 +66,37 @@ class Graph:
         sources: Iterable[Edge],
         seeded: bool = False,
         observed: Iterable[int] = (),
+        coefficients: Iterable[int] = (),
         paths: tuple[str, ...] | None = None,
+        first: bool = True,
+        last: bool = True,
     ) -> Structure:
         """The hashable description of this graph for an explanation of ``root`` by ``sources``."""
         facts: list[Hashable] = []
         for name, node in zip(self.names, self.nodes, strict=True):
             operation = REGISTRY.get(name)
             facts.append(operation.facts(node) if operation is not None and operation.facts is not None else None)
-        return Structure(self.names, self.operands, tuple(facts), root, tuple(sources), seeded, tuple(observed), paths)
+        return Structure(
+            self.names,
+            self.operands,
+            tuple(facts),
+            root,
+            tuple(sources),
+            seeded,
+            tuple(observed),
+            tuple(coefficients),
+            paths,
+            first,
+            last,
+        )
+
+
+def saved(node: Node, name: str | int) -> Any:
+    """What a node saved: an attribute of its own; of a custom function, an entry of ``ctx.saved_tensors`` by number or
+    an attribute of ``ctx``."""
+    if isinstance(name, int):
+        return node.saved_tensors[name]
+    return getattr(node, name if isinstance(node, torch._C._FunctionBase) else "_saved_" + name)
 
 
 def _topological(root: Node) -> tuple[list[Node], tuple[tuple[Edge | None, ...], ...]]:

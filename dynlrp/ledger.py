@@ -9,9 +9,12 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from dynlrp.rules.operation import Account
+from dynlrp.rules.operation import Account, inner, masked_product
 
 ACCOUNTS: tuple[str, ...] = get_args(Account)
+
+SMALL = 65536
+"""Largest leaf that is copied to be multiplied with others."""
 
 
 class Ledger:
@@ -28,6 +31,11 @@ class Ledger:
         self._amounts: list[Tensor] = []
         self._places: list[tuple[str, int, str]] = []
         self._sums: list[float] | None = None
+        self._later: list[tuple[str, int, str, Tensor, Tensor]] = []
+        self._products: list[tuple[Tensor, list[int]]] = []
+        """Relevance of many leaves in one vector, with the length of each; summed up when somebody reads."""
+        self._leaves: list[tuple[str, int, str]] = []
+        """Places of those leaves."""
         self._output: Tensor = torch.zeros(())
         self._path: Callable[[int], str] = lambda sequence: ""
         self.unresolved: list[tuple[str, str]] = []
@@ -40,6 +48,26 @@ class Ledger:
         self._amounts.append(amount)
         self._places.append((account, sequence, name))
 
+    def book_later(self, account: Account, name: str, sequence: int, multiplier: Tensor, value: Tensor) -> None:
+        """Enter the relevance of a leaf; small plain ones are multiplied all together by :meth:`settle`."""
+        if value.layout is not torch.strided or value.numel() > SMALL:
+            self.book(account, name, sequence, inner(multiplier, value.detach()))
+        else:
+            self._later.append((account, sequence, name, multiplier, value))
+
+    def settle(self) -> None:
+        """Multiply what was entered for later: the leaves may change once the explanation is there."""
+        groups: dict[tuple[torch.dtype, torch.device], list[tuple[str, int, str, Tensor, Tensor]]] = defaultdict(list)
+        for entry in self._later:
+            groups[entry[4].dtype, entry[4].device].append(entry)
+        self._later = []
+        for entries in groups.values():
+            m = torch.cat([entry[3].reshape(-1) for entry in entries])
+            x = torch.cat([entry[4].detach().reshape(-1) for entry in entries])
+            m = m.to(torch.promote_types(m.dtype, torch.float32))
+            self._products.append((masked_product(m, x), [entry[3].numel() for entry in entries]))
+            self._leaves += [entry[:3] for entry in entries]
+
     def __len__(self) -> int:
         return len(self._amounts)
 
@@ -50,13 +78,13 @@ class Ledger:
     @property
     def output(self) -> float:
         """The explained output, summed over the batch."""
-        return float(self._output)
+        return self._read()[-1]
 
     @property
     def accounts(self) -> dict[str, float]:
         """Amount by account."""
         totals = dict.fromkeys(ACCOUNTS, 0.0)
-        for (account, _, _), amount in zip(self._places, self._values(), strict=True):
+        for (account, _, _), amount in zip(self._places + self._leaves, self._values(), strict=True):
             totals[account] += amount
         return totals
 
@@ -86,19 +114,35 @@ class Ledger:
 
     def _group(self, key: Callable[[int, str], str]) -> dict[tuple[str, str], float]:
         totals: dict[tuple[str, str], float] = defaultdict(float)
-        for (account, sequence, name), amount in zip(self._places, self._values(), strict=True):
+        for (account, sequence, name), amount in zip(self._places + self._leaves, self._values(), strict=True):
             totals[account, key(sequence, name)] += amount
         return dict(totals)
 
     def amounts(self) -> Tensor:
         """All entries, in float64."""
-        if len({(a.dtype, a.device) for a in self._amounts}) > 1:
-            return torch.stack([a.double().to(self._output.device) for a in self._amounts])
-        return torch.stack(self._amounts).double() if self._amounts else torch.zeros(0, dtype=torch.float64)
+        entries = [*self._amounts]
+        for products, sizes in self._products:
+            entries += [part.sum() for part in torch.split(products, sizes)]
+        if len({(a.dtype, a.device) for a in entries}) > 1:
+            return torch.stack([a.double().to(self._output.device) for a in entries])
+        return torch.stack(entries).double() if entries else torch.zeros(0, dtype=torch.float64)
+
+    def total(self) -> Tensor:
+        """The sum over all accounts, 0-d and in float64."""
+        parts = [*self._amounts, *(products.sum() for products, _ in self._products)]
+        if len({(a.dtype, a.device) for a in parts}) > 1:
+            parts = [a.double().to(self._output.device) for a in parts]
+        return torch.stack(parts).sum(dtype=torch.float64) if parts else self._output.new_zeros((), dtype=torch.float64)
 
     def _values(self) -> list[float]:
-        if self._sums is None or len(self._sums) != len(self._amounts):
-            self._sums = self.amounts().tolist()
+        return self._read()[:-1]
+
+    def _read(self) -> list[float]:
+        """All entries and the output, in one look at the device."""
+        if self._sums is None or len(self._sums) != len(self._places) + len(self._leaves) + 1:
+            amounts = self.amounts()
+            output = self._output.detach().reshape(1).to(amounts)
+            self._sums = torch.cat([amounts, output]).tolist()
         return self._sums
 
     def __repr__(self) -> str:

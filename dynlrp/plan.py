@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
+from typing import Literal
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from dynlrp.errors import InputError, NoPathError
 from dynlrp.graph import LEAF, Edge, Structure
 from dynlrp.roles import NO_ROLE, roles
 from dynlrp.rules import Ungated
-from dynlrp.rules.operation import REGISTRY, VJP, Gradient, Grads, Hold, Need, Operation, Rule, Step, letter
+from dynlrp.rules.operation import REGISTRY, VJP, Account, Gradient, Grads, Hold, Need, Operation, Rule, Step, letter
 
 
 class Kind(IntEnum):
@@ -56,7 +57,15 @@ class StepPlan:
     """Autograd did not record a constant that adds to the output."""
     fallback: bool
     """The gradient stands in for a rule."""
+    first: bool
+    """No linear operation lies between it and the inputs."""
+    last: bool
+    """No linear operation lies between it and the output."""
     merged: StepPlan | None
+    travels: bool
+    """It passes relevance of the inputs; else that of an observed weight alone, which is no account."""
+    aside: Account | Literal[""] = ""
+    """A product of other tensors adds to the signal, and goes into this account."""
     wants: tuple[bool, ...] = ()
     gated: bool = False
     outputs: tuple[int, ...] = ()
@@ -76,7 +85,7 @@ class StepPlan:
     plain: bool = False
     """The node's own VJP is all there is to do."""
     moves: Edge | None = None
-    """The one operand of a plain movement, which needs no look at shapes."""
+    """The one operand of a plain movement."""
 
     @property
     def settles(self) -> bool:
@@ -93,7 +102,8 @@ class StepPlan:
     @property
     def balances(self) -> bool:
         """Only the activations on both sides tell how much was lost here."""
-        return (self.hidden and self.rule.consumes == "multiplier") or self.fallback
+        unknown = (self.hidden and self.rule.consumes == "multiplier") or self.fallback or bool(self.aside)
+        return self.travels and unknown
 
 
 @dataclass(frozen=True)
@@ -122,11 +132,23 @@ def make_plan(structure: Structure, composite: Composite, on_unknown: str = "err
 
 
 class UnknownNodes(Exception):
-    """Nodes without a rule, as ``(index, name)``; the caller knows their module paths."""
+    """Nodes without a rule, as ``(index, name)``, and why, where that is on purpose; the caller knows their paths."""
 
-    def __init__(self, nodes: list[tuple[int, str]]) -> None:
+    def __init__(self, nodes: list[tuple[int, str]], reasons: dict[str, str]) -> None:
         super().__init__(nodes)
         self.nodes = nodes
+        self.reasons = reasons
+
+
+WEIGHTED = ("dense", "convolution", "recurrent")
+"""Families of layers with weights."""
+ASIDE: dict[Kind, Account] = {
+    Kind.CONSTANT: "constants",
+    Kind.PARAMETER: "parameters",
+    Kind.COEFFICIENT: "held back",
+}
+"""Where a sum without a signal goes."""
+_NOTHING = Operation("", "unknown")
 
 
 class _Planner:
@@ -162,7 +184,8 @@ class _Planner:
         self.letters: list[str] = []
         self.observes: list[bool] = []
         self.nonnegative: list[bool] = []
-        outermost = self._nearest_output() if self.composite.positional else frozenset()
+        self.outermost = self._nearest_output() if self.composite.positional else frozenset()
+        self.first: list[bool] = []
         below: list[bool] = []  # a linear operation on the way from a source
         self.reaches: list[bool] = []
         for index, name in enumerate(s.names):
@@ -172,15 +195,13 @@ class _Planner:
             self.observes.append(index in observed or any(self.observes[edge.node] for edge in carried))
             reached = [edge for edge in carried if edge in self.sources or self.reaches[edge.node]]
             self.reaches.append(bool(reached))
-            linear = any(below[edge.node] for edge in reached if edge not in self.sources)
-            below.append(linear or (operation is not None and self._is_linear(index, operation)))
+            linear = not s.first or any(below[edge.node] for edge in reached if edge not in self.sources)
+            self.first.append(not linear)
+            below.append(linear or (operation is not None and self._has_weights(index, operation)))
             self.nonnegative.append(self._never_negative(index, operation))
             if operation is None:
                 self.rules.append(None)
                 self.letters.append("+")
-            elif not reached:
-                self.rules.append(operation.rule)
-                self.letters.append(operation.operands)
             else:
                 family = self._family(index, operation)
                 role = self.roles.get(index, NO_ROLE)
@@ -193,10 +214,24 @@ class _Planner:
                     roles=role.names,
                     path=s.paths[index] if s.paths is not None else "",
                     first=not linear,
-                    last=index in outermost,
+                    last=index in self.outermost,
                 )
-                chosen = self.composite.pick(site) or (Ungated() if "self gate" in role.names else usual)
-                if operation.holds is not None and operation.holds(s.facts[index]):
+                picked = self.composite.pick(site)
+                if not reached:  # only weights whose relevance is wanted lie behind it
+                    chosen = picked if isinstance(picked, Gradient) else operation.rule
+                    self.rules.append(chosen)
+                    self.letters.append(chosen.operands(operation, None))
+                    self.kinds.append(self._node_kind(index, name))
+                    continue
+                if picked is None and operation.obstacle(s.facts[index]):
+                    self.rules.append(None)
+                    self.letters.append("+")
+                    self.kinds.append(self._node_kind(index, name))
+                    continue
+                ungated = family == "product" and role.names & {"self gate", "transition"}
+                chosen = picked or (Ungated() if ungated else usual)
+                holds = operation.holds is not None and operation.holds(s.facts[index])
+                if holds and not isinstance(chosen, Gradient):
                     chosen = Hold()
                 if chosen.families and family not in chosen.families:
                     raise InputError(
@@ -209,7 +244,7 @@ class _Planner:
 
     def _node_kind(self, index: int, name: str) -> Kind:
         if name == LEAF:
-            return Kind.PARAMETER
+            return Kind.COEFFICIENT if index in self.s.coefficients else Kind.PARAMETER
         best = Kind.CONSTANT
         for position, edge in enumerate(self.s.operands[index]):
             kind = self._kind(edge)
@@ -225,6 +260,9 @@ class _Planner:
 
     def _is_linear(self, index: int, operation: Operation) -> bool:
         return operation.family in ("dense", "convolution") and self._family(index, operation) == operation.family
+
+    def _has_weights(self, index: int, operation: Operation) -> bool:
+        return operation.family == "recurrent" or self._is_linear(index, operation)
 
     def _family(self, index: int, operation: Operation) -> str:
         """A matrix product or convolution is a linear layer only where no more than one factor depends on inputs."""
@@ -247,18 +285,12 @@ class _Planner:
         return all(edge is not None and edge not in self.sources and self.nonnegative[edge.node] for edge in operands)
 
     def _nearest_output(self) -> frozenset[int]:
-        """Linear operations with no other between them and the output."""
-        found = set()
-        clear = {self.s.root.node}
+        """Operations with no linear operation between them and the output."""
+        clear = {self.s.root.node} if self.s.last else set()
         for index in range(self.count - 1, -1, -1):
-            if index not in clear:
-                continue
-            operation = REGISTRY.get(self.s.names[index])
-            if operation is not None and operation.family in ("dense", "convolution"):
-                found.add(index)
-                continue
-            clear.update(edge.node for edge in self.s.operands[index] if edge is not None)
-        return frozenset(found)
+            if index in clear and REGISTRY.get(self.s.names[index], _NOTHING).family not in WEIGHTED:
+                clear.update(edge.node for edge in self.s.operands[index] if edge is not None)
+        return frozenset(clear)
 
     # Output first: the nodes relevance meets, with the gauge it has there.
 
@@ -276,7 +308,7 @@ class _Planner:
             step = self._step(index, absorbed, unknown)
             steps.append(step)
             step.outputs = tuple(sorted(arrivals.get(index, ())))
-            copies = step.operation.copies and isinstance(step.rule, VJP)
+            copies = isinstance(step.rule, VJP) and step.operation.copied(self.s.facts[index])
             in_relevance = any(Edge(index, output) in relevance for output in step.outputs)
             step.relevance_in = step.rule.consumes == "relevance" or (copies and in_relevance)
             step.emits_relevance = step.rule.emits == "relevance" or (copies and step.relevance_in)
@@ -294,7 +326,8 @@ class _Planner:
                 if step.emits_relevance:
                     relevance.add(edge)
         if unknown:
-            raise UnknownNodes(unknown)
+            reasons = {n: REGISTRY[n].obstacle(self.s.facts[i]) for i, n in unknown if n in REGISTRY}
+            raise UnknownNodes(unknown, reasons)
         for step in steps:
             step.scaled = tuple(
                 edge in relevance and (signal or observed) and not step.emits_relevance
@@ -313,7 +346,7 @@ class _Planner:
                 booked and edge is not None and self.s.names[edge.node] != LEAF and not step.emits_relevance
                 for booked, edge in zip(step.booked, step.operands, strict=True)
             )
-            step.plain = isinstance(step.rule, VJP) and not step.settles
+            step.plain = type(step.rule) is VJP and not step.settles
             alone = len(step.operands) == 1 and step.signals == (True,) and step.operation.copies
             step.moves = step.operands[0] if step.plain and alone else None
         ends = frozenset(edge for edge in self.sources if not self.reaches[edge.node])
@@ -332,9 +365,9 @@ class _Planner:
         kinds = tuple(self._kind(edge) for edge in operands)
         letters = [letter(self.letters[index], position) for position in range(len(operands))]
         signals = tuple(k is Kind.SIGNAL and a != "-" for k, a in zip(kinds, letters, strict=True))
-        travels = self.kinds[index] is Kind.SIGNAL  # else the way leads to an observed weight, which is no account
+        travels = self.kinds[index] is Kind.SIGNAL
         booked = tuple(
-            travels and a == "+" and k in (Kind.PARAMETER, Kind.COEFFICIENT)
+            travels and not rule.books and a == "+" and k in (Kind.PARAMETER, Kind.COEFFICIENT)
             for k, a in zip(kinds, letters, strict=True)
         )
         present = tuple(edge is not None for edge in operands)
@@ -359,8 +392,14 @@ class _Planner:
             ),
             hidden=travels and operation.hides is not None and operation.hides(self.s.facts[index], present),
             fallback=fallback,
+            first=self.first[index],
+            last=index in self.outermost,
             merged=absorbed.get(index),
+            travels=travels,
         )
+        factors = [kind for a, kind in zip(letters, kinds, strict=True) if a == "*"]
+        if travels and len(factors) > 1 and Kind.SIGNAL not in factors and not fallback:
+            step.rule, step.aside = VJP(), ASIDE[max(factors)]
         inner = self._absorber(step)
         if inner is not None:
             step.rule, step.hidden = PassThrough(), False

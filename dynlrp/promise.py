@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from dynlrp.errors import BrokenPromiseError
-from dynlrp.graph import LEAF, Edge, Graph, Node
+from dynlrp.graph import LEAF, Edge, Graph, Node, saved
 from dynlrp.rules.operation import REGISTRY, Operation
 
 FREED = "after they have already been freed"
@@ -26,12 +26,14 @@ class Recipe:
     """How one promise is kept."""
 
     node: Node = None
-    attribute: str = ""
+    attribute: str | int = ""
     """Saved attribute to read, for a promise that a node keeps."""
     value: Tensor | None = None
     """A leaf or a captured tensor."""
     replay: Operation | None = None
     inputs: tuple[Edge | None, ...] = ()
+    output: int = 0
+    """Which of the replayed outputs it is."""
     length: int = 0
     """Replayed nodes on the longest chain down to kept tensors."""
     broken: str = ""
@@ -70,8 +72,8 @@ class Operands:
 
     node: Node
 
-    def saved(self, name: str) -> Any:
-        return getattr(self.node, "_saved_" + name)
+    def saved(self, name: str | int) -> Any:
+        return saved(self.node, name)
 
 
 class Promises:
@@ -130,10 +132,12 @@ class Promises:
             if recipe is None:
                 operation = REGISTRY.get(self._names[current.node])
                 inputs = self._operands[current.node]
-                if operation is None or operation.replay is None or current.output != 0:
+                if operation is None or operation.replay is None:
                     recipe = Recipe(broken=f"{self._names[current.node]} cannot be recomputed")
                 elif self._hidden(operation, current.node):
                     recipe = Recipe(broken=f"{self._names[current.node]} adds a constant that the graph did not record")
+                elif self._lost(operation, current.node):
+                    recipe = Recipe(broken=f"{self._names[current.node]} did not save a constant factor")
                 else:
                     waiting = [e for e in inputs if e is not None and (e, False) not in self._recipes]
                     if waiting:
@@ -145,7 +149,13 @@ class Promises:
                         recipe = Recipe(broken=broken)
                     else:
                         length = 1 + max((r.length for r in below), default=0)
-                        recipe = Recipe(self._nodes[current.node], replay=operation, inputs=inputs, length=length)
+                        recipe = Recipe(
+                            self._nodes[current.node],
+                            replay=operation,
+                            inputs=inputs,
+                            output=current.output,
+                            length=length,
+                        )
                         self._internal.add(current.node)
             self._recipes[(current, False)] = recipe
             stack.pop()
@@ -160,6 +170,16 @@ class Promises:
             return False
         facts = operation.facts(self._nodes[index]) if operation.facts is not None else None
         return operation.hides(facts, tuple(edge is not None for edge in self._operands[index]))
+
+    def _lost(self, operation: Operation, index: int) -> bool:
+        """A factor that is not recorded and was not saved either, as nothing recorded is multiplied with it."""
+        return any(
+            edge is None
+            and operation.letter(position) == "*"
+            and position in operation.saved
+            and saved(self._nodes[index], operation.saved[position]) is None
+            for position, edge in enumerate(self._operands[index])
+        )
 
     def _kept(self, edge: Edge, gated: bool) -> Recipe | None:
         """Someone who holds the tensor itself."""
@@ -179,7 +199,7 @@ class Promises:
             attribute = operation.saved.get(position)
             if attribute is None and gated and operation.gates is True:
                 attribute = operation.result
-            if attribute is not None and getattr(self._nodes[consumer], "_saved_" + attribute) is not None:
+            if attribute is not None and saved(self._nodes[consumer], attribute) is not None:
                 return Recipe(self._nodes[consumer], attribute)
         return None
 
@@ -189,7 +209,7 @@ class Promises:
         if recipe.value is not None:
             return recipe.value
         try:
-            value: Tensor = getattr(recipe.node, "_saved_" + recipe.attribute).detach()
+            value: Tensor = saved(recipe.node, recipe.attribute).detach()
         except RuntimeError as error:
             if FREED in str(error):
                 raise
@@ -227,7 +247,10 @@ class Promises:
                 continue
             values = [None if r is None else self._at_hand(r) for r in below]
             assert current.replay.replay is not None
-            current.kept = current.replay.replay(Operands(current.node), *values)
+            made = current.replay.replay(Operands(current.node), *values)
+            if current.output and not isinstance(made, tuple | list):
+                raise BrokenPromiseError(f"{current.node.name()} recomputes its first output alone")
+            current.kept = made[current.output] if isinstance(made, tuple | list) else made
             for r in below:
                 if r is not None:
                     self._release(r)

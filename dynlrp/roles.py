@@ -7,7 +7,7 @@ from typing import NamedTuple
 from dynlrp.graph import Edge, Structure
 from dynlrp.rules.operation import REGISTRY
 
-POINTWISE = frozenset({"elementwise", "piecewise linear", "addition", "product", "quotient"})
+POINTWISE = frozenset({"elementwise", "piecewise linear", "scaling", "addition", "product", "quotient"})
 SMALL = 32
 """Longest written-out activation that is looked for, in operations."""
 
@@ -27,7 +27,10 @@ def roles(structure: Structure) -> dict[int, Role]:
 
     ``attention``: a softmax whose rows weigh another signal in a product, and that product.
     ``self gate``: a product ``x * g(x)`` of a tensor and a pointwise function of the same tensor.
-    ``gate``: a product with another operand that comes through a sigmoid, silu, gelu or tanh.
+    ``transition``: a product of a signal and an exponential of another, the decay of a state (Mamba); a matrix product
+    where it is the exponential of a running sum, the decay over many steps at once (Mamba-2).
+    ``gate``: a product with another operand that comes through a sigmoid, silu, gelu or tanh. Of two such operands
+    the one that is never negative is the gate (a sigmoid before a tanh).
     """
     found: dict[int, Role] = {}
     for index, (name, operands) in enumerate(zip(structure.names, structure.operands, strict=True)):
@@ -39,24 +42,29 @@ def roles(structure: Structure) -> dict[int, Role]:
             continue
         ends = {i: _through_copies(structure, edge) for i, edge in factors}
         for end in ends.values():
-            below = REGISTRY.get(structure.names[end.node])
-            if below is not None and below.family == "softmax":
+            weights = REGISTRY.get(structure.names[end.node])
+            if weights is not None and weights.family == "softmax":
                 found[end.node] = found[index] = Role(frozenset({"attention"}))
+        over = next((i for i, end in ends.items() if _decays_by_sums(structure, end)), None)
+        if over is not None:
+            found[index] = Role(frozenset({"transition"}), gate=over)
+            continue
         if operation.family != "product":
             continue
         own = next((i for i, _ in factors if _gates_itself(structure, operands[1 - i], operands[i])), None)
         if own is not None:
             found[index] = Role(frozenset({"self gate"}), gate=own)
             continue
-        gate = next((i for i, end in ends.items() if _is_gate(structure.names[end.node])), None)
-        if gate is not None:
+        below = {i: REGISTRY.get(structure.names[end.node]) for i, end in ends.items()}
+        gates = {i: operation for i, operation in below.items() if operation is not None and operation.gate}
+        if gates:
+            gate = next((i for i, operation in gates.items() if operation.sign == "nonnegative"), min(gates))
             found[index] = Role(frozenset({"gate"}), gate=gate)
+            continue
+        decay = next((i for i, edge in factors if _decays(structure, edge)), None)
+        if decay is not None:
+            found[index] = Role(frozenset({"transition"}), gate=decay)
     return found
-
-
-def _is_gate(name: str) -> bool:
-    operation = REGISTRY.get(name)
-    return operation is not None and operation.gate
 
 
 def _through_copies(structure: Structure, edge: Edge) -> Edge:
@@ -67,6 +75,36 @@ def _through_copies(structure: Structure, edge: Edge) -> Edge:
         if operation is None or not operation.copies or len(operands) != 1 or operands[0] is None:
             return edge
         edge = operands[0]
+
+
+def _decays(structure: Structure, edge: Edge) -> bool:
+    """Whether a tensor is an exponential, maybe masked by a constant factor."""
+    while True:
+        edge = _through_copies(structure, edge)
+        operation = REGISTRY.get(structure.names[edge.node])
+        factors = [e for e in structure.operands[edge.node] if e is not None]
+        if operation is None or operation.family not in ("product", "scaling") or len(factors) != 1:
+            return operation is not None and operation.decay
+        edge = factors[0]
+
+
+def _decays_by_sums(structure: Structure, end: Edge) -> bool:
+    """Whether a tensor is the exponential of running sums or of their differences."""
+    operation = REGISTRY.get(structure.names[end.node])
+    if operation is None or not operation.decay:
+        return False
+    stack, seen = [edge for edge in structure.operands[end.node] if edge is not None], {end}
+    while stack and len(seen) <= SMALL:
+        edge = _through_copies(structure, stack.pop())
+        operation = REGISTRY.get(structure.names[edge.node])
+        if operation is None or edge in seen:
+            continue
+        if operation.running:
+            return True
+        seen.add(edge)
+        if operation.copies or operation.family == "addition":
+            stack.extend(e for e in structure.operands[edge.node] if e is not None)
+    return False
 
 
 def _gates_itself(structure: Structure, carrier: Edge | None, gate: Edge | None) -> bool:

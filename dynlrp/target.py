@@ -90,7 +90,7 @@ def make_seed(output: Tensor, target: Target) -> Seed:
         if target.shape != shape:
             raise TargetError(f"initial relevance of shape {tuple(target.shape)} for an output of {tuple(shape)}")
         value = target.detach().to(output)
-        return Seed(output, value, value.reshape(shape[0] if shape else 1, -1).sum(1), True)
+        return Seed(output, value, value.reshape(shape[0] if shape else 1, shape[1:].numel()).sum(1), True)
     batch = shape[0] if shape else 1
     flat = output.detach().reshape(batch, math.prod(shape[1:]))
     if flat.shape[1] == 0 or batch == 0:

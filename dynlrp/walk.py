@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from dynlrp.errors import BrokenPromiseError, DynLRPError, FreedGraphError, NonFiniteError, RuleError
-from dynlrp.graph import LEAF, Edge, Graph, Node
+from dynlrp.graph import LEAF, Edge, Graph, Node, saved
 from dynlrp.ledger import Ledger
 from dynlrp.plan import Kind, Plan, StepPlan
 from dynlrp.promise import FREED, Promises
-from dynlrp.rules.operation import OUTPUT, Account, Grads, Need, divide, dot
+from dynlrp.rules.operation import OUTPUT, Account, Grads, Need, Replay, divide, dot, inner, masked_product, product
+
+
+class Expand(Protocol):
+    """How an operation is explained by others, and the module path of an operation by its sequence number."""
+
+    def __call__(
+        self, step: LiveStep, function: Replay, values: Sequence[Tensor | None], grads: Grads
+    ) -> Sequence[Tensor | None]: ...
+
+    def path(self, sequence: int) -> str: ...
 
 
 class LiveStep:
     """A :class:`StepPlan` joined with its node: what rules see (:class:`~dynlrp.rules.operation.Step`)."""
 
     __slots__ = (
-        "_ledger", "_promises", "gated", "hidden", "merged", "met", "name", "node", "nonnegative",
+        "_expand", "_ledger", "_promises", "gated", "hidden", "merged", "met", "name", "node", "nonnegative",
         "operation", "plan", "present", "signals", "wants",
     )  # fmt: skip
 
-    def __init__(self, plan: StepPlan, nodes: list[Node], promises: Promises, ledger: Ledger) -> None:
+    def __init__(self, plan: StepPlan, nodes: list[Node], promises: Promises, ledger: Ledger, expand: Expand) -> None:
         self.plan = plan
+        self._expand = expand
         self.node = nodes[plan.index]
         self._promises = promises
         self._ledger = ledger
         self.met: set[Need] = set()
-        self.merged = None if plan.merged is None else LiveStep(plan.merged, nodes, promises, ledger)
+        self.merged = None if plan.merged is None else LiveStep(plan.merged, nodes, promises, ledger, expand)
         self.name, self.operation = plan.name, plan.operation
         self.wants, self.signals, self.present = plan.wants, plan.signals, plan.present
         self.nonnegative, self.gated, self.hidden = plan.nonnegative, plan.gated, plan.hidden
 
-    def saved(self, name: str) -> Any:
-        return getattr(self.node, "_saved_" + name)
+    def saved(self, name: str | int) -> Any:
+        return saved(self.node, name)
 
     def operand(self, index: int) -> Tensor:
         own = self._own(index)
@@ -53,10 +64,14 @@ class LiveStep:
         return self._promises.take(*self._head())
 
     def book(self, account: Account, amount: Tensor) -> None:
-        self._ledger.book(account, self.name, self.node._sequence_nr(), amount)
+        if self.plan.travels:
+            self._ledger.book(account, self.name, self.node._sequence_nr(), amount)
 
     def vjp(self, grads: Grads) -> Sequence[Tensor | None]:
         return vjp(self.node, grads)
+
+    def expand(self, function: Replay, values: Sequence[Tensor | None], grads: Grads) -> Sequence[Tensor | None]:
+        return self._expand(self, function, values, grads)
 
     def settle(self, need: Need) -> str:
         """Find a keeper for a need; returns why there is none."""
@@ -91,11 +106,16 @@ class LiveStep:
 
 
 def vjp(node: Node, grads: Grads) -> Sequence[Tensor | None]:
-    """Call a node. A node of a ``torch.autograd.Function`` answers for every argument of its forward, tensor or not."""
+    """Call a node. A node of a ``torch.autograd.Function`` is given zeros where nothing arrives, as autograd does, and
+    answers for every argument of its forward, tensor or not."""
     if not isinstance(node, torch._C._FunctionBase):
         result = node(*grads)
         return result if isinstance(result, tuple) else (result,)
-    result = node.apply(*grads)  # type: ignore[attr-defined]
+    filled = [
+        torch.zeros(made.shape, dtype=made.dtype, device=made.device) if g is None else g
+        for g, made in zip(grads, node._input_metadata, strict=True)  # type: ignore[attr-defined]
+    ]
+    result = node.apply(*filled)  # type: ignore[attr-defined]
     result = result if isinstance(result, tuple) else (result,)
     needed = iter([value for value, needs in zip(result, node.needs_input_grad, strict=False) if needs])
     return [None if child is None else next(needed, None) for child, _ in node.next_functions]
@@ -110,7 +130,7 @@ class Walk:
         graph: Graph,
         promises: Promises,
         ledger: Ledger,
-        path: Callable[[int], str],
+        expand: Expand,
         *,
         check: bool = False,
         release: bool = False,
@@ -119,7 +139,7 @@ class Walk:
         self.graph = graph
         self.promises = promises
         self.ledger = ledger
-        self.path = path
+        self.expand = expand
         self.check = check
         self.release = release
         self._live: dict[int, LiveStep] = {}
@@ -158,7 +178,10 @@ class Walk:
                         live.met.add(Need(position))
             if step.balances:
                 wanted = [OUTPUT] + [Need(i) for i, counts in enumerate(step.counted) if counts]
-                if any(live.settle(Need(need.operand, optional=True)) for need in wanted):
+                others = [Edge(step.index, output) for output in step.outputs if output]
+                if any(live.settle(Need(need.operand, optional=True)) for need in wanted) or any(
+                    self.promises.settle(edge) for edge in others
+                ):
                     self._unresolved(step)
                     live.met = {need for need in live.met if not need.optional}
             if step.fallback:
@@ -180,7 +203,7 @@ class Walk:
         kept = {edge.node for edge in keep}
         arrived: dict[Edge, Tensor] = {}
         slots, nodes, careful = self._slots, self.graph.nodes, self.check
-        self._receive(root, seed)
+        self._receive(root, seed, len(nodes[root.node]._input_metadata))
         for step in self.plan.steps:
             index = step.index
             grads = slots.pop(index, None)
@@ -190,12 +213,19 @@ class Walk:
                 if step.moves is None or careful:
                     self._visit(step, grads)
                 else:
-                    self._receive(step.moves, cast(Tensor, vjp(nodes[index], grads)[0]))
+                    edge = step.moves
+                    value = cast(Tensor, vjp(nodes[index], grads)[0])
+                    metadata = nodes[edge.node]._input_metadata
+                    expected = metadata[edge.output]
+                    if not expected.is_nested_tensor and list(value.shape) != expected.shape:  # masks may broadcast
+                        value = self._reduce(step, 0, value, expected.shape)
+                    self._receive(edge, value, len(metadata))
             if self.release:
                 self._live.pop(index, None)
                 nodes[index] = None
         for index in kept & slots.keys():
             arrived.update((Edge(index, n), g) for n, g in enumerate(slots[index]) if g is not None)
+        self.ledger.settle()
         return arrived
 
     def _visit(self, step: StepPlan, grads: list[Tensor | None]) -> None:
@@ -209,7 +239,7 @@ class Walk:
             else:
                 live = live or self._step(step)
                 results = step.rule(live, grads)
-        except DynLRPError:
+        except (DynLRPError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise self._explained(error, step) from error
@@ -232,10 +262,11 @@ class Walk:
                 f"{type(step.rule).__name__} on {self._place(step)} returned {type(value).__name__} for operand "
                 f"{position}, not a tensor"
             )
-        expected = self.graph.nodes[edge.node]._input_metadata[edge.output]
-        shape, dtype = expected.shape, expected.dtype
-        if list(value.shape) != shape:
-            value = self._reduce(step, position, value, shape)
+        metadata = self.graph.nodes[edge.node]._input_metadata
+        expected = metadata[edge.output]
+        dtype = expected.dtype
+        if not expected.is_nested_tensor and list(value.shape) != expected.shape:
+            value = self._reduce(step, position, value, expected.shape)
         if value.dtype is not dtype:
             value = (value.real if value.is_complex() and not dtype.is_complex else value).to(dtype)
         if self.check and not bool(torch.isfinite(value).all()):
@@ -248,27 +279,30 @@ class Walk:
             if not step.observed[position]:
                 return
         if step.scaled[position]:
-            value = value * self.promises.take(edge)
-        self._receive(edge, value)
+            value = product(value, self.promises.take(edge))
+        self._receive(edge, value, len(metadata))
 
-    def _receive(self, edge: Edge, value: Tensor) -> None:
-        row = self._slots.get(edge.node)
+    def _receive(self, edge: Edge, value: Tensor, outputs: int) -> None:
+        index, output = edge
+        row = self._slots.get(index)
         if row is None:
-            row = self._slots[edge.node] = [None] * len(self.graph.nodes[edge.node]._input_metadata)
-        present = row[edge.output]
-        row[edge.output] = value if present is None else present + value
+            row = self._slots[index] = [None] * outputs
+        present = row[output]
+        row[output] = value if present is None else present + value
 
     def _book(self, step: StepPlan, live: LiveStep | None, position: int, edge: Edge, value: Tensor) -> None:
         """Relevance of a parameter, or of a coefficient, leaves the graph."""
+        account: Account = "parameters" if step.kinds[position] is Kind.PARAMETER else "held back"
         if step.emits_relevance:
             amount = value.sum()
         elif self.graph.names[edge.node] == LEAF:
-            amount = dot(value, self.graph.nodes[edge.node].variable.detach())
+            leaf = self.graph.nodes[edge.node].variable
+            self.ledger.book_later(account, step.name, self.graph.nodes[step.index]._sequence_nr(), value, leaf)
+            return
         elif live is not None and Need(position) in live.met:
             amount = dot(value, self.promises.take(edge))
         else:
             return
-        account: Account = "parameters" if step.kinds[position] is Kind.PARAMETER else "held back"
         self.ledger.book(account, step.name, self.graph.nodes[step.index]._sequence_nr(), amount)
 
     def _convert(self, step: StepPlan, output: int, value: Tensor | None) -> Tensor | None:
@@ -278,32 +312,38 @@ class Walk:
         activation = self.promises.take(Edge(step.index, output), step.gated)
         if step.relevance_in:
             if step.hidden:  # masked scores may be infinite
-                return torch.where(value == 0, 0.0, value * activation)
-            return value * activation
-        multiplier = divide(value, activation, 0.0)
-        self.ledger.book(
-            "absorbed",
-            step.name,
-            self.graph.nodes[step.index]._sequence_nr(),
-            value.sum() - dot(multiplier, activation),
-        )
+                return masked_product(value, activation)
+            return product(value, activation)
+        multiplier = divide(value, activation.conj(), 0.0)
+        if step.travels:
+            lost = value.sum() - dot(multiplier, activation)
+            self.ledger.book("absorbed", step.name, self.graph.nodes[step.index]._sequence_nr(), lost)
         return multiplier
 
     def _balance(
         self, step: StepPlan, live: LiveStep, grads: Grads, results: Sequence[Tensor | None], booked: int
     ) -> None:
         """Book what went in and neither came out nor was booked by the rule, where only the activations tell."""
-        if Need(None, optional=True) not in live.met or grads[0] is None:
+        if Need(None, optional=True) not in live.met:
             return
-        amount = grads[0].sum() if step.relevance_in else _inner(grads[0], live.output())
+        amount: Tensor | float = 0.0
+        for output, g in enumerate(grads):
+            if g is not None and step.relevance_in:
+                amount = amount + g.sum()
+            elif g is not None:
+                amount = amount + inner(g, self.promises.take(Edge(step.index, output)) if output else live.output())
         for position, counts in enumerate(step.counted):
             value = results[position]
             if counts and value is not None:
-                amount = amount - (value.sum() if step.emits_relevance else _inner(value, live.operand(position)))
-        live.book("held back" if step.fallback else "constants", amount - self.ledger.since(booked))
+                amount = amount - (value.sum() if step.emits_relevance else inner(value, live.operand(position)))
+        lost = amount - self.ledger.since(booked)
+        if isinstance(lost, Tensor):
+            live.book("held back" if step.fallback else step.aside or "constants", lost)
 
     def _reduce(self, step: StepPlan, position: int, value: Tensor, shape: list[int]) -> Tensor:
         try:
+            if value.is_nested:
+                value = value.values().unsqueeze(0)
             return value.sum_to_size(shape)
         except RuntimeError as error:
             raise RuleError(
@@ -314,14 +354,14 @@ class Walk:
     def _step(self, step: StepPlan) -> LiveStep:
         live = self._live.get(step.index)
         if live is None:
-            live = self._live[step.index] = LiveStep(step, self.graph.nodes, self.promises, self.ledger)
+            live = self._live[step.index] = LiveStep(step, self.graph.nodes, self.promises, self.ledger, self.expand)
         return live
 
     def _unresolved(self, step: StepPlan) -> None:
         self.ledger.unresolved.append((step.name, self._path(step)))
 
     def _path(self, step: StepPlan) -> str:
-        return self.path(self.graph.nodes[step.index]._sequence_nr())
+        return self.expand.path(self.graph.nodes[step.index]._sequence_nr())
 
     def _place(self, step: StepPlan) -> str:
         return f"{step.name} in {self._path(step) or 'the model'}"
@@ -336,8 +376,3 @@ class Walk:
         if "modified by an inplace operation" in text:
             return BrokenPromiseError(f"a tensor that {self._place(step)} saved was changed in place: {text}")
         return RuleError(f"{type(step.rule).__name__} failed on {self._place(step)}: {type(error).__name__}: {text}")
-
-
-def _inner(m: Tensor, x: Tensor) -> Tensor:
-    """Sum of products where masked scores may be infinite: no multiplier, no relevance."""
-    return torch.where(m == 0, 0.0, m * x).sum()

@@ -3,18 +3,29 @@
 from dynlrp.rules import (  # noqa: F401  the imports fill the registry
     addition,
     attention,
+    binary,
+    blocked,
+    complex,
     elementwise,
+    functions,
     indexing,
+    inplace,
+    linalg,
     linear,
     normalization,
+    padding,
     pooling,
     product,
+    recurrent,
     reduction,
+    sampling,
     shape,
+    sparse,
 )
 from dynlrp.rules.addition import EpsilonSum, Magnitude
 from dynlrp.rules.attention import Attention, SoftmaxVJP
 from dynlrp.rules.elementwise import Secant
+from dynlrp.rules.expansion import Expand, expand
 from dynlrp.rules.linear import AlphaBeta, Epsilon, Flat, Gamma, Pass, WSquare, ZBox, ZPlus
 from dynlrp.rules.normalization import Statistic
 from dynlrp.rules.operation import (
@@ -26,6 +37,7 @@ from dynlrp.rules.operation import (
     Operation,
     Rule,
     Step,
+    Taylor,
     linear_operation,
     register,
     rule,
@@ -39,6 +51,7 @@ __all__ = [
     "Attention",
     "Epsilon",
     "EpsilonSum",
+    "Expand",
     "Flat",
     "Gamma",
     "Gradient",
@@ -53,10 +66,12 @@ __all__ = [
     "SoftmaxVJP",
     "Statistic",
     "Step",
+    "Taylor",
     "Ungated",
     "WSquare",
     "ZBox",
     "ZPlus",
+    "expand",
     "linear_operation",
     "register",
     "rule",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class Attention(Rule):
         if output is None:
             return [None] * len(step.wants)
         query, key, value = step.signals[:3]
+        if not (query or key or value):  # weights alone lie behind it
+            return step.vjp(grads)
         scores = self.scores if value and (query or key) else float(not value)
         both = query and key
         shares = [
@@ -67,7 +70,8 @@ class Attention(Rule):
         offset = dot(output, step.saved("output")) - dot(through, step.saved(step.operation.saved[side]))
         bias = own[3] if len(own) > 3 and step.wants[3] else None
         if bias is not None:
-            offset = offset - dot(bias, step.saved("attn_bias"))
+            mask = step.saved(step.operation.saved[3])  # infinite where nothing passes
+            offset = offset - dot(bias, torch.where(bias == 0, 0.0, mask))
         step.book("offsets", scores * offset)
 
 
@@ -81,19 +85,38 @@ class SoftmaxVJP(Rule):
     families = frozenset({"softmax"})
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
-        g = grads[0]
-        if g is None:
-            return [None]
         (m,) = step.vjp(grads)
-        p = step.saved("result")
         if m is not None:
-            passed = (m * torch.where(p > 0, p, 1.0).log()).sum()
-            step.book("offsets", dot(g, p) - passed)
+            g, passed, p = _elements(grads[0], m, step.saved("result"))
+            step.book("offsets", dot(g, p) - (passed * torch.where(p > 0, p, 1.0).log()).sum())
         return [m]
 
 
-for _name in ("SoftmaxBackward0", "SafeSoftmaxBackward0"):
+@dataclass(frozen=True)
+class LogSoftmaxVJP(Rule):
+    """log p = x - log sum exp x is a Taylor expansion at the input: m_x = m - p * sum(m); its constant term is booked.
+
+    That is sum(m) times the sum of p log p, so it needs no input either.
+    """
+
+    families = frozenset({"log softmax"})
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        (m,) = step.vjp(grads)
+        if m is not None:
+            g, passed, log = _elements(grads[0], m, step.saved("result"))
+            step.book("offsets", dot(g - passed, torch.where(log == -torch.inf, 0.0, log)))
+        return [m]
+
+
+def _elements(*tensors: Any) -> list[Tensor]:
+    """The elements of nested tensors in one row."""
+    return [t.values() if t.is_nested else t for t in tensors]
+
+
+for _name in ("SoftmaxBackward0", "SafeSoftmaxBackward0", "MaskedSoftmaxBackward0"):
     register(Operation(_name, "softmax", rule=SoftmaxVJP(), operands="+", result="result", sign="nonnegative"))
+register(Operation("LogSoftmaxBackward0", "log softmax", rule=LogSoftmaxVJP(), operands="+", result="result"))
 
 _factors = {0: "query", 1: "key", 2: "value"}
 for _name, _operands in (
@@ -102,5 +125,8 @@ for _name, _operands in (
     ("ScaledDotProductCudnnAttentionBackward0", _factors),
     ("ScaledDotProductEfficientAttentionBackward0", {**_factors, 3: "attn_bias"}),
     ("ScaledDotProductFusedAttentionOverrideableBackward0", {**_factors, 3: "attn_bias"}),
+    ("FlashAttentionBackward0", _factors),
+    ("CudnnAttentionBackward0", _factors),
+    ("EfficientAttentionBackward0", {**_factors, 3: "bias"}),
 ):
     register(Operation(_name, "attention", rule=Attention(), operands="***+", saved=_operands, result="output"))

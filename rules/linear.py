@@ -9,14 +9,27 @@ with ``sign(0) = 1``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from dynlrp.rules.operation import OUTPUT, Gauge, Grads, Need, Operation, Rule, Step, StepShape, divide, dot, register
+from dynlrp.rules.operation import (
+    OUTPUT,
+    Gauge,
+    Grads,
+    Need,
+    Operation,
+    Rule,
+    Step,
+    StepShape,
+    divide,
+    dot,
+    product,
+    register,
+)
 from dynlrp.rules.product import Shares
 
 aten: Any = torch.ops.aten
@@ -124,14 +137,14 @@ class TermRule(Rule):
             if z is None:
                 z = sum_terms(step, terms)
             if s is None:
-                s = divide(relevance, z, self.epsilon)
+                s = divide(relevance, z.conj(), self.epsilon)
             s = s.to(w.dtype)  # under autocast z may be wider
             passed = passed + dot(s, z)
             for term in terms:
                 if step.wants[math.input(step)]:
                     share = math.backward(step, s, term.weight)
                     if self.emits == "relevance":
-                        share = share * term.x
+                        share = product(share, term.x)
                     elif term.mask is not None:
                         share = share * term.mask
                     _add(results, math.input(step), share)
@@ -207,6 +220,15 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     return divide(part, whole, 0.0)
 
 
+def each(w: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of every weight; of those that are there, if the weights are sparse."""
+    if w.layout is torch.strided:
+        return function(w)
+    w = w.coalesce().clone() if w.layout is torch.sparse_coo else w.clone()
+    w.values().copy_(function(w.values()))
+    return w
+
+
 def _signed(step: Step, x: Tensor, favoured: Tensor, other: Tensor, bias: Tensor | None) -> tuple[Term, ...]:
     """Positive inputs meet the ``favoured`` weights and negative inputs the ``other`` ones."""
     if step.nonnegative:
@@ -258,7 +280,7 @@ class Epsilon(TermRule):
         if step.wants[math.weight(step)]:
             m = math.weight_backward(step, g, step.operand(math.input(step)), w)
             factor = math.factor(step)
-            results[math.weight(step)] = m if factor == 1 else m * factor
+            results[math.weight(step)] = m if factor == 1 else m * factor.conjugate()
         if math.bias is not None and step.wants[math.bias]:
             results[math.bias] = math.bias_backward(step, g)
         return results
@@ -306,7 +328,7 @@ class Gamma(TermRule):
         ]
 
     def _raised(self, w: Tensor, low: float | None, high: float | None) -> Tensor:
-        return torch.add(w, w.clamp(min=low, max=high), alpha=self.gamma)
+        return each(w, lambda v: torch.add(v, v.clamp(min=low, max=high), alpha=self.gamma))
 
 
 @dataclass(frozen=True)
@@ -322,7 +344,7 @@ class AlphaBeta(TermRule):
             raise ValueError(f"alpha - beta must be 1 and both nonnegative, not {self.alpha} and {self.beta}")
 
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
-        plus, minus = w.clamp(min=0), w.clamp(max=0)
+        plus, minus = each(w, lambda v: v.clamp(min=0)), each(w, lambda v: v.clamp(max=0))
         groups = [Group(_signed(step, x, plus, minus, None if b is None else b.clamp(min=0)), self.alpha * r)]
         if self.beta:
             groups.append(Group(_signed(step, x, minus, plus, None if b is None else b.clamp(max=0)), -self.beta * r))
@@ -335,8 +357,8 @@ class ZPlus(TermRule):
 
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
         bias = None if b is None else b.clamp(min=0)
-        minus = w if step.nonnegative else w.clamp(max=0)
-        return [Group(_signed(step, x, w.clamp(min=0), minus, bias), r)]
+        minus = w if step.nonnegative else each(w, lambda v: v.clamp(max=0))
+        return [Group(_signed(step, x, each(w, lambda v: v.clamp(min=0)), minus, bias), r)]
 
 
 @dataclass(frozen=True)
@@ -362,8 +384,8 @@ class ZBox(TermRule):
             Group(
                 (
                     Term(x, None, w, None),
-                    Term(-low.expand_as(x), None, w.clamp(min=0), None),
-                    Term(-high.expand_as(x), None, w.clamp(max=0), None),
+                    Term(-low.expand_as(x), None, each(w, lambda v: v.clamp(min=0)), None),
+                    Term(-high.expand_as(x), None, each(w, lambda v: v.clamp(max=0)), None),
                 ),
                 r,
             )
@@ -384,7 +406,7 @@ class WSquare(TermRule):
 
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
         bias = None if b is None else b.square()
-        return [Group((Term(torch.ones_like(x), None, w.square(), bias),), r)]
+        return [Group((Term(torch.ones_like(x), None, each(w, torch.square), bias),), r)]
 
 
 @dataclass(frozen=True)
@@ -400,7 +422,7 @@ class Flat(TermRule):
 
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
         bias = None if b is None else torch.ones_like(b)
-        return [Group((Term(torch.ones_like(x), None, torch.ones_like(w), bias),), r)]
+        return [Group((Term(torch.ones_like(x), None, each(w, torch.ones_like), bias),), r)]
 
 
 @dataclass(frozen=True)
@@ -415,12 +437,26 @@ class Pass(Rule):
 
 
 class MatrixProduct:
-    """``mm``, ``bmm`` and their relatives with an added bias: operands ``first`` and ``first + 1`` are the factors."""
+    """Products of matrices and vectors: operands ``first`` and ``first + 1`` are the factors ``a @ b``."""
+
+    first = 0
 
     def __init__(self, names: tuple[str, str], bias: int | None = None) -> None:
         self.names = names
         self.bias = bias
-        self.first = 0 if bias is None else 1
+        if bias == 0:
+            self.first = 1
+
+    def product(self, step: Any, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+    def left(self, step: Step, g: Tensor, b: Tensor) -> Tensor:
+        """The VJP with respect to ``a``."""
+        return g @ b.mH if b.ndim > 1 else g.unsqueeze(-1) * b.conj()
+
+    def right(self, step: Step, a: Tensor, g: Tensor) -> Tensor:
+        """The VJP with respect to ``b``."""
+        return a.mH @ g if a.ndim > 1 else a.conj() * g
 
     def input(self, step: StepShape) -> int:
         return self.first if step.signals[self.first] else self.first + 1
@@ -436,17 +472,17 @@ class MatrixProduct:
         return 1.0 if self.bias is None else step.saved("alpha")
 
     def forward(self, step: Step, x: Tensor, w: Tensor) -> Tensor:
-        return x @ w if self.input(step) == self.first else w @ x
+        return self.product(step, x, w) if self.input(step) == self.first else self.product(step, w, x)
 
     def backward(self, step: Step, g: Tensor, w: Tensor) -> Tensor:
-        return g @ w.mH if self.input(step) == self.first else w.mH @ g
+        return self.left(step, g, w) if self.input(step) == self.first else self.right(step, w, g)
 
     def weight_backward(self, step: Step, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        return x.mH @ g if self.input(step) == self.first else g @ x.mH
+        return self.right(step, x, g) if self.input(step) == self.first else self.left(step, g, x)
 
     def bias_backward(self, step: Step, g: Tensor) -> Tensor:
         beta = step.saved("beta")
-        return g if beta == 1 else g * beta
+        return g if beta == 1 else g * beta.conjugate()
 
     def bias_sum(self, step: Step, r: Tensor) -> Tensor:
         return r
@@ -463,30 +499,136 @@ class MatrixProduct:
 
     def partial(self, step: Step, g: Tensor, position: int) -> Tensor:
         """The VJP with respect to one of the two factors."""
-        if self.bias is not None and step.saved("alpha") != 1:
-            g = g * step.saved("alpha")
+        factor = self.factor(step)
+        g = g if factor == 1 else g * factor.conjugate()
         if position == self.first:
-            return g @ step.operand(self.first + 1).mH
-        return step.operand(self.first).mH @ g
+            return self.left(step, g, step.operand(self.first + 1))
+        return self.right(step, step.operand(self.first), g)
 
     def replay(self, step: Any, *values: Tensor | None) -> Tensor:
         factors = [
             step.saved(name) if value is None else value
-            for name, value in zip(self.names, values[self.first :], strict=True)
+            for name, value in zip(self.names, values[self.first :], strict=False)
         ]
-        z = factors[0] @ factors[1]
+        z = self.product(step, factors[0], factors[1])
         if self.bias is None:
             return z
-        added = values[0]
-        assert added is not None
-        total: Tensor = added * step.saved("beta") + z * step.saved("alpha")
-        return total
+        added = values[self.bias]
+        z = z * self.factor(step)
+        return z if added is None else self.bias_value(step, added) + z
+
+
+class NestedProduct(MatrixProduct):
+    """``matmul`` of nested tensors, whose samples all meet the same matrix."""
+
+    def right(self, step: Step, a: Tensor, g: Tensor) -> Tensor:
+        return _rows(a).mH @ _rows(g)
+
+
+class SummedProduct(MatrixProduct):
+    """``addbmm``: the products of a batch are summed."""
+
+    def product(self, step: Any, a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b).sum(0)
+
+
+class ConjugateDot(MatrixProduct):
+    """``vdot``: the first vector is conjugated."""
+
+    def product(self, step: Any, a: Tensor, b: Tensor) -> Tensor:
+        return torch.vdot(a, b)
+
+    def left(self, step: Step, g: Tensor, b: Tensor) -> Tensor:
+        return g.conj() * b
+
+    def right(self, step: Step, a: Tensor, g: Tensor) -> Tensor:
+        return a * g
+
+
+class OuterProduct(MatrixProduct):
+    """``addr``: every entry of one vector with every entry of the other."""
+
+    def product(self, step: Any, a: Tensor, b: Tensor) -> Tensor:
+        return torch.outer(a, b)
+
+    def left(self, step: Step, g: Tensor, b: Tensor) -> Tensor:
+        return g @ b.conj()
+
+    def right(self, step: Step, a: Tensor, g: Tensor) -> Tensor:
+        return a.conj() @ g
+
+
+class GroupedProduct(MatrixProduct):
+    """``grouped_mm``, the experts of a mixture: groups end at the numbers ``offs`` along a dimension of matrices that
+    stand side by side, and are numbered by the first dimension of three."""
+
+    def product(self, step: Any, a: Tensor, b: Tensor) -> Tensor:
+        ends = step.saved("offs")
+        z: Tensor = aten._grouped_mm(_aligned(a), _aligned(b), ends)
+        if ends is None or a.ndim == b.ndim:
+            return z
+        # The kernel leaves what lies behind the last group as it was.
+        rows = a.ndim == 2
+        outside = torch.arange(z.shape[0 if rows else 1], device=z.device) >= ends[-1]
+        return z.masked_fill_(outside.unsqueeze(1) if rows else outside, 0.0)
+
+    def left(self, step: Step, g: Tensor, b: Tensor) -> Tensor:
+        return self.product(step, g, b.mT)
+
+    def right(self, step: Step, a: Tensor, g: Tensor) -> Tensor:
+        return self.product(step, a.mT, g)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """A matrix as the grouped kernel takes it: rows, or columns, start at multiples of 16 bytes."""
+    unit = 16 // x.element_size()
+    for along, across in ((-1, -2), (-2, -1)):
+        if x.stride(along) == 1 and x.stride(across) >= max(1, x.shape[along]) and x.stride(across) % unit == 0:
+            return x
+    padded = x.new_empty(*x.shape[:-1], -(-x.shape[-1] // unit) * unit)
+    return padded[..., : x.shape[-1]].copy_(x)
+
+
+class Linear(MatrixProduct):
+    """``linear``, where it is an operation of its own: ``a @ b.T`` with the bias behind."""
+
+    def __init__(self, names: tuple[str, str]) -> None:
+        super().__init__(names, bias=2)
+
+    def product(self, step: Any, a: Tensor, b: Tensor) -> Tensor:
+        return torch.nn.functional.linear(a, b)
+
+    def left(self, step: Step, g: Tensor, b: Tensor) -> Tensor:
+        return torch.nn.functional.linear(g, b.mH)
+
+    def right(self, step: Step, a: Tensor, g: Tensor) -> Tensor:
+        return _rows(g).mH @ _rows(a)
+
+    def factor(self, step: Step) -> float:
+        return 1.0
+
+    def bias_backward(self, step: Step, g: Tensor) -> Tensor:
+        return _rows(g).sum(0)
+
+    def bias_sum(self, step: Step, r: Tensor) -> Tensor:
+        return self.bias_backward(step, r)
+
+    def bias_value(self, step: Step, b: Tensor) -> Tensor:
+        return b
+
+
+def _rows(x: Tensor) -> Tensor:
+    """All vectors of a batch, of a nested tensor too."""
+    return x.values() if x.is_nested else x.reshape(-1, x.shape[-1])
 
 
 class Convolution:
-    """Convolutions of any dimension, transposed or not."""
+    """Convolutions of any dimension, transposed or not. ``fixed`` settings are those that a node does not save."""
 
-    bias: int | None = 2
+    def __init__(self, input: str = "input", bias: int | None = 2, **fixed: Any) -> None:
+        self.names = (input, "weight")
+        self.bias = bias
+        self.fixed = fixed
 
     def input(self, step: StepShape) -> int:
         return 0 if step.signals[0] else 1
@@ -495,31 +637,37 @@ class Convolution:
         return 1 if step.signals[0] else 0
 
     def weight_value(self, step: Step) -> Tensor:
-        w: Tensor = step.saved("weight" if step.signals[0] else "input")
+        w: Tensor = step.saved(self.names[self.weight(step)])
         return w
 
-    def _settings(self, step: Any) -> tuple[Any, ...]:
-        return tuple(
-            step.saved(name) for name in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
-        )
+    def _setting(self, step: Any, name: str) -> Any:
+        return self.fixed[name] if name in self.fixed else step.saved(name)
+
+    def _settings(self, step: Any, x: Tensor, w: Tensor) -> tuple[Any, ...]:
+        names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+        stride, padding, dilation, transposed, output_padding, groups = (self._setting(step, name) for name in names)
+        return stride, padding, dilation, transposed, output_padding, groups or x.shape[1] // w.shape[1]
+
+    def convolve(self, step: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        z: Tensor = aten.convolution(x, w, b, *self._settings(step, x, w))
+        return z
+
+    def vjp(self, step: Step, g: Tensor, x: Tensor, w: Tensor, position: int) -> Tensor:
+        """The VJP with respect to input (0) or kernel (1)."""
+        mask = [position == 0, position == 1, False]
+        m: Tensor = aten.convolution_backward(g, x, w, None, *self._settings(step, x, w), mask)[position]
+        return m
 
     def forward(self, step: Step, x: Tensor, w: Tensor) -> Tensor:
-        x, w = (x, w) if step.signals[0] else (w, x)
-        z: Tensor = aten.convolution(x, w, None, *self._settings(step))
-        return z
+        return self.convolve(step, x, w, None) if step.signals[0] else self.convolve(step, w, x, None)
 
     def backward(self, step: Step, g: Tensor, w: Tensor) -> Tensor:
         if step.signals[0]:
-            return self._backward(step, g, step.saved("input"), w, 0)
-        return self._backward(step, g, w, step.saved("weight"), 1)
+            return self.vjp(step, g, step.saved(self.names[0]), w, 0)
+        return self.vjp(step, g, w, step.saved("weight"), 1)
 
     def weight_backward(self, step: Step, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        return self._backward(step, g, *((x, w, 1) if step.signals[0] else (w, x, 0)))
-
-    def _backward(self, step: Step, g: Tensor, x: Tensor, w: Tensor, position: int) -> Tensor:
-        mask = [position == 0, position == 1, False]
-        m: Tensor = aten.convolution_backward(g, x, w, None, *self._settings(step), mask)[position]
-        return m
+        return self.vjp(step, g, *((x, w, 1) if step.signals[0] else (w, x, 0)))
 
     def factor(self, step: Step) -> float:
         return 1.0
@@ -527,68 +675,135 @@ class Convolution:
     def bias_backward(self, step: Step, g: Tensor) -> Tensor:
         return g.sum((0, *range(2, g.ndim)))
 
-    bias_sum = bias_backward
+    def bias_sum(self, step: Step, r: Tensor) -> Tensor:
+        return self.bias_backward(step, r)
+
+    def bias_value(self, step: Step, b: Tensor) -> Tensor:
+        return self.column(step, b)
 
     def column(self, step: Step, v: Tensor) -> Tensor:
         return v.reshape(-1, *[1] * (step.saved("weight").ndim - 2))
 
-    bias_value = column
-
     def scaled(self, step: Step, w: Tensor, scale: Tensor) -> Tensor:
-        if not step.saved("transposed"):
+        if not self._setting(step, "transposed"):
             return w * scale.reshape(-1, *[1] * (w.ndim - 1))
-        groups = step.saved("groups")
+        groups = self._setting(step, "groups")
         split = w.reshape(groups, w.shape[0] // groups, *w.shape[1:])
         return (split * scale.reshape(groups, 1, w.shape[1], *[1] * (w.ndim - 2))).reshape(w.shape)
 
     def partial(self, step: Step, g: Tensor, position: int) -> Tensor:
         """The VJP with respect to input or weight, where both carry the signal."""
-        return self._backward(step, g, step.saved("input"), step.saved("weight"), position)
+        return self.vjp(step, g, step.saved(self.names[0]), step.saved("weight"), position)
 
-    def replay(self, step: Any, x: Tensor | None, w: Tensor | None, b: Tensor | None) -> Tensor:
-        x = step.saved("input") if x is None else x
+    def replay(self, step: Any, x: Tensor | None, w: Tensor | None, b: Tensor | None = None) -> Tensor:
+        x = step.saved(self.names[0]) if x is None else x
         w = step.saved("weight") if w is None else w
-        z: Tensor = aten.convolution(x, w, b, *self._settings(step))
+        return self.convolve(step, x, w, b)
+
+
+class TimeBatchChannel(Convolution):
+    """``conv_tbc``: inputs of shape (time, batch, channels), kernels of shape (width, inputs, outputs)."""
+
+    def convolve(self, step: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        z: Tensor = aten.conv_tbc(x, w, x.new_zeros(w.shape[-1]) if b is None else b, step.saved("pad"))
         return z
 
+    def vjp(self, step: Step, g: Tensor, x: Tensor, w: Tensor, position: int) -> Tensor:
+        m: Tensor = aten.conv_tbc_backward(g, x, w, g.new_zeros(w.shape[-1]), step.saved("pad"))[position]
+        return m
 
-def _matrix_product(name: str, names: tuple[str, str], bias: int | None = None) -> None:
-    math = MatrixProduct(names, bias)
+    def bias_backward(self, step: Step, g: Tensor) -> Tensor:
+        return g.sum((0, 1))
+
+    def column(self, step: Step, v: Tensor) -> Tensor:
+        return v
+
+
+def _dense(name: str, math: MatrixProduct, operands: str, **traits: Any) -> None:
     first = math.first
-    register(
-        Operation(
-            name,
-            "dense",
-            rule=Epsilon(),
-            operands="**" if bias is None else "+**",
-            saved={first: names[0], first + 1: names[1]},
-            replay=math.replay,
-            hides=None if bias is None else lambda facts, present: not present[0],
-            bilinear=Shares(),
-            absorbs=first if name in ("MmBackward0", "AddmmBackward0") else None,
-            math=math,
-        )
-    )
+    saved = {first: math.names[0], first + 1: math.names[1]}
+    traits = {"saved": saved, "replay": math.replay, "bilinear": Shares(), "math": math, **traits}
+    register(Operation(name, "dense", rule=Epsilon(), operands=operands, **traits))
 
 
-_matrix_product("MmBackward0", ("self", "mat2"))
-_matrix_product("BmmBackward0", ("self", "mat2"))
-_matrix_product("AddmmBackward0", ("mat1", "mat2"), bias=0)
-_matrix_product("BaddbmmBackward0", ("batch1", "batch2"), bias=0)
+def _product(name: str, names: tuple[str, str], math: type[MatrixProduct] = MatrixProduct, **traits: Any) -> None:
+    _dense(name, math(names), "**", **traits)
 
-_convolution = Convolution()
-register(
-    Operation(
-        "ConvolutionBackward0",
-        "convolution",
-        rule=Epsilon(),
-        operands="**+",
-        saved={0: "input", 1: "weight"},
-        replay=_convolution.replay,
-        facts=lambda node: bool(node._saved_bias_sym_sizes_opt) and node._saved_bias_sym_sizes_opt[0] > 0,
-        hides=lambda biased, present: bool(biased) and not present[2],
-        bilinear=Shares(),
-        absorbs=0,
-        math=_convolution,
-    )
+
+def adds(node: Any) -> bool:
+    """Whether a product with something added does add it."""
+    return bool(node._saved_beta)
+
+
+def lost_summand(adds: Any, present: tuple[bool, ...]) -> bool:
+    """What is added, or the whole product, is a constant that autograd did not record."""
+    return (adds and not present[0]) or not (present[1] or present[2])
+
+
+def _added_product(name: str, names: tuple[str, str], math: type[MatrixProduct] = MatrixProduct, **traits: Any) -> None:
+    """With a tensor times ``beta`` added to the product times ``alpha``."""
+    _dense(name, math(names, bias=0), "+**", facts=adds, hides=lost_summand, **traits)
+
+
+def lost_bias(facts: Any, present: tuple[bool, ...]) -> bool:
+    """Nodes that do not tell whether there is a bias: one that belongs to a recorded weight would be recorded too."""
+    return len(present) > 2 and not present[2] and not (present[0] and present[1])
+
+
+_product("MmBackward0", ("self", "mat2"), absorbs=0)
+_product("BmmBackward0", ("self", "mat2"))
+_product("MvBackward0", ("self", "vec"))
+_product("DotBackward0", ("self", "tensor"))
+_product("VdotBackward0", ("self", "other"), ConjugateDot)
+_product("GroupedMmBackward0", ("self", "mat2"), GroupedProduct)
+_product("SparseSparseMatmulBackward0", ("self", "other"))
+_product("MatmulBackward0", ("self", "other"), NestedProduct)
+_added_product("AddmmBackward0", ("mat1", "mat2"), absorbs=1)
+_added_product("BaddbmmBackward0", ("batch1", "batch2"))
+_added_product("AddbmmBackward0", ("batch1", "batch2"), SummedProduct)
+_added_product("AddmvBackward0", ("mat", "vec"))
+_added_product("AddrBackward0", ("vec1", "vec2"), OuterProduct)
+_added_product("SparseAddmmBackward0", ("mat1", "mat2"))
+_dense("LinearBackward0", Linear(("input", "weight")), "**+", hides=lost_bias)  # on MPS, and for nested tensors
+
+
+def _convolution(name: str, math: Convolution, **traits: Any) -> None:
+    saved = {0: math.names[0], 1: "weight"}
+    traits = {"saved": saved, "replay": math.replay, "bilinear": Shares(), "absorbs": 0, "math": math, **traits}
+    register(Operation(name, "convolution", rule=Epsilon(), operands="**+", **traits))
+
+
+_told = {  # nodes that tell whether there is a bias
+    "facts": lambda node: bool(node._saved_bias_sym_sizes_opt) and node._saved_bias_sym_sizes_opt[0] > 0,
+    "hides": lambda biased, present: bool(biased) and not present[2],
+}
+_plain: dict[str, Any] = {"transposed": False, "output_padding": [0]}
+_single: dict[str, Any] = {**_plain, "dilation": [1], "groups": 1}
+_transposed: dict[str, Any] = {"transposed": True}
+
+for _name in ("ConvolutionBackward0", "ConvolutionBackward1"):
+    _convolution(_name, Convolution(), **_told)
+_convolution("ConvolutionOverrideableBackward0", Convolution(), hides=lost_bias)
+# The names of single devices and kernels.
+_convolution("SlowConv2DBackward0", Convolution("self", **_single), hides=lost_bias)
+_convolution("SlowConv3DBackward0", Convolution("self", **_single), **_told)
+_convolution("NnpackSpatialConvolutionBackward0", Convolution(**_single), **_told)
+for _name in ("SlowConvDilated2DBackward0", "SlowConvDilated3DBackward0"):
+    _convolution(_name, Convolution("self", **_plain, groups=1), **_told)
+for _name in ("SlowConvTranspose2DBackward0", "SlowConvTranspose3DBackward0"):
+    _convolution(_name, Convolution("self", **_transposed, groups=1), **_told)
+for _name in ("ConvDepthwise2DBackward0", "ConvDepthwise3DBackward0"):
+    _convolution(_name, Convolution("self", **_plain, groups=None), **_told)
+for _name in ("MkldnnConvolutionBackward0", "MiopenConvolutionBackward0", "MiopenDepthwiseConvolutionBackward0"):
+    _convolution(_name, Convolution("self", **_plain), **_told)
+_convolution("MiopenConvolutionTransposeBackward0", Convolution("self", **_transposed), **_told)
+_convolution("MpsConvolutionBackward0", Convolution("self", **_plain), hides=lost_bias)
+_convolution("MpsConvolutionTransposeBackward0", Convolution("self", None, **_transposed))
+_convolution("CudnnConvolutionBackward0", Convolution("self", None, **_plain))
+_convolution("CudnnConvolutionTransposeBackward0", Convolution("self", None, **_transposed))
+_convolution(
+    "ConvTbcBackward0",
+    TimeBatchChannel("self"),
+    absorbs=None,
+    hides=lambda facts, present: not present[2],
 )

@@ -1,8 +1,9 @@
 """Normalisation: the statistic that divides is a constant, the rest stays linear.
 
 Layer norm y = (x - mean(x)) * rstd * w + b passes m_x = rstd * (m w - mean(m w)): the mean is linear and takes part,
-rstd does not (Ali et al. 2022; Achtibat et al. 2024, section 3.3.3). RMS norm written out needs no rule of its own, as
-rsqrt makes a coefficient.
+rstd does not (Ali et al. 2022; Achtibat et al. 2024, section 3.3.3). RMS norm y = x * rstd * w passes rstd * m w;
+written out it needs no rule of its own, as rsqrt makes a coefficient. A weight that is normalised itself,
+w = v * g / ||v||, is a product of v and g over a constant norm.
 """
 
 from __future__ import annotations
@@ -14,40 +15,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlrp.rules.operation import Grads, Operation, Rule, Step, register
+from dynlrp.rules.operation import Grads, Operation, Rule, Step, dot, register
+from dynlrp.rules.product import Shares
 
 
 @dataclass(frozen=True)
 class Statistic(Rule):
-    """Linear in the input for fixed statistics; the bias takes its share."""
+    """Linear in the input for fixed statistics; the bias takes its share.
+
+    A weight that depends on the inputs, as a conditional norm has it, makes a product: it shares equally with the
+    normalised input, or takes all where only the weight carries the signal.
+    """
 
     families = frozenset({"normalization"})
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
-        g = grads[0]
+        g, math = grads[0], step.operation.math
         results: list[Tensor | None] = [None] * len(step.wants)
+        if step.present[0] and any(m is not None for m in grads[1:]):
+            results[0] = math.moments_backward(step, *grads[1:])
         if g is None:
             return results
-        results[0] = step.operation.math.backward(step, g)
+        # What the bias gets is a sum over all of g, which a batch norm's constants need too.
+        total = math.bias_backward(step, g) if len(step.wants) > 2 and step.wants[2] else None
+        if total is not None:
+            results[2] = total
+        share = (0.5 if step.signals[0] else 0.0) if step.signals[1] else 1.0
+        if share:
+            m = math.backward(step, g, total) if share == 1 else math.backward(step, g * share, None)
+            results[0] = m if results[0] is None else m + results[0]
         if step.wants[1]:
-            results[1] = step.operation.math.weight_backward(step, g)
-        if step.wants[2]:
-            results[2] = step.operation.math.bias_backward(step, g)
+            results[1] = math.weight_backward(step, g * (1 - share) if step.signals[1] else g)
+        bias = step.operation.saved.get(2)
+        if total is None and bias and not step.present[2] and step.saved(bias) is not None:
+            step.book("constants", (g * step.saved(bias)).sum())
         return results
 
 
 class LayerNorm:
     """The last dimensions of each sample."""
 
-    def backward(self, step: Step, g: Tensor) -> Tensor:
-        weight, bias = step.saved("weight"), step.saved("bias")
-        if bias is not None and not step.present[2]:
-            step.book("constants", (g * bias).sum())
-        mean = step.saved("result1")
-        # The kernel's own backward at x = mean, where its term for the deviation is zero.
+    def backward(self, step: Step, g: Tensor, total: Tensor | None) -> Tensor:
+        rstd = step.saved("result2")
+        # The kernel's own backward at x = mean, where its term for the deviation is zero. It wants x in the dtype of g.
         m: Tensor = torch.ops.aten.native_layer_norm_backward(
-            g, mean.expand_as(g), step.saved("normalized_shape"), mean, step.saved("result2"), weight, bias,
-            [True, False, False],
+            g, g.new_zeros(()).expand_as(g), step.saved("normalized_shape"), torch.zeros_like(rstd), rstd,
+            step.saved("weight"), None, [True, False, False],
         )[0]  # fmt: skip
         return m
 
@@ -68,6 +81,27 @@ class LayerNorm:
         return y if bias is None else y + bias
 
 
+class RMSNorm:
+    """The last dimensions of each sample, which are not centred."""
+
+    def _normalised(self, step: Any, x: Tensor) -> Tensor:
+        y: Tensor = x * step.saved("result1")
+        return y
+
+    def _weighted(self, step: Any, y: Tensor) -> Tensor:
+        weight = step.saved("weight")
+        return y if weight is None else y * weight
+
+    def backward(self, step: Step, g: Tensor, total: Tensor | None) -> Tensor:
+        return self._weighted(step, self._normalised(step, g))
+
+    def weight_backward(self, step: Step, g: Tensor) -> Tensor:
+        return (g * self._normalised(step, step.saved("input"))).sum_to_size(step.saved("weight").shape)
+
+    def replay(self, step: Any, x: Tensor, w: Tensor | None) -> Tensor:
+        return self._weighted(step, self._normalised(step, x)).to(x.dtype)
+
+
 class PerChannel:
     """What norms with one weight and bias per channel share."""
 
@@ -85,34 +119,41 @@ class PerChannel:
         return g.sum((0, *range(2, g.ndim)))
 
 
+def _trains(node: Any) -> bool:
+    """Whether a batch norm took the statistics of the batch; some names say so themselves."""
+    return bool(getattr(node, "_saved_training", node.name() == "BatchNormWithUpdateBackward0"))
+
+
 class BatchNorm(PerChannel):
     """Per channel over batch and space: running statistics, or those of the batch."""
 
     def _statistics(self, step: Any) -> tuple[Tensor, Tensor]:
-        if step.saved("training"):
+        if _trains(step.node):
             return step.saved("result1"), step.saved("result2")
-        return (
-            step.saved("running_mean"),
-            torch.rsqrt(step.saved("running_var") + step.saved("eps")),
-        )
+        return step.saved("running_mean"), torch.rsqrt(step.saved("running_var") + self._eps(step))
 
-    def _scale(self, step: Any) -> Tensor:
-        weight, rstd = step.saved("weight"), self._statistics(step)[1]
-        return rstd if weight is None else rstd * weight
+    def _eps(self, step: Any) -> float:
+        eps: float = step.saved("epsilon" if hasattr(step.node, "_saved_epsilon") else "eps")
+        return eps
+
+    def _mean_and_scale(self, step: Any) -> tuple[Tensor, Tensor]:
+        mean, rstd = self._statistics(step)
+        weight = step.saved("weight")
+        return mean, rstd if weight is None else rstd * weight
 
     def affine(self, step: Step) -> tuple[Tensor, Tensor]:
         """Scale and shift of the equivalent affine map per channel."""
-        scale = self._scale(step)
-        shift = -self._statistics(step)[0] * scale
+        mean, scale = self._mean_and_scale(step)
+        shift = -mean * scale
         return scale, shift + step.operand(2) if step.present[2] else shift
 
-    def backward(self, step: Step, g: Tensor) -> Tensor:
-        scale = self._scale(step)
+    def backward(self, step: Any, g: Tensor, total: Tensor | None) -> Tensor:
+        mean, scale = self._mean_and_scale(step)
         m = g * self._column(scale, g.ndim)
-        axes = (0, *range(2, g.ndim))
-        if step.saved("training"):
-            return m - m.mean(axes, keepdim=True)
-        step.book("constants", -(g.sum(axes) * scale * self._statistics(step)[0]).sum())
+        if _trains(step.node):
+            return m - m.mean((0, *range(2, g.ndim)), keepdim=True)
+        total = self.bias_backward(step, g) if total is None else total
+        step.book("constants", -dot(total, scale * mean))
         return m
 
     def normalised(self, step: Any) -> Tensor:
@@ -122,11 +163,12 @@ class BatchNorm(PerChannel):
 
     def replay(self, step: Any, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         w = step.saved("weight") if w is None else w
-        if not step.saved("training"):
+        if not _trains(step.node):
             return torch.batch_norm(
-                x, w, b, step.saved("running_mean"), step.saved("running_var"), False, 0.0, step.saved("eps"), False
+                x, w, b, step.saved("running_mean"), step.saved("running_var"), False, 0.0, self._eps(step), False
             )
-        y = (x - self._column(self._statistics(step)[0], x.ndim)) * self._column(self._scale(step), x.ndim)
+        mean, scale = self._mean_and_scale(step)
+        y = (x - self._column(mean, x.ndim)) * self._column(scale, x.ndim)
         return y if b is None else y + self._column(b, x.ndim)
 
 
@@ -136,7 +178,7 @@ class GroupNorm(PerChannel):
     def _grouped(self, step: Any, v: Tensor) -> Tensor:
         return v.reshape(step.saved("N"), step.saved("group"), -1)
 
-    def backward(self, step: Step, g: Tensor) -> Tensor:
+    def backward(self, step: Step, g: Tensor, total: Tensor | None) -> Tensor:
         weight = step.saved("weight")
         if weight is not None:
             g = g * self._column(weight, g.ndim)
@@ -144,18 +186,29 @@ class GroupNorm(PerChannel):
         rstd: Tensor = step.saved("result2")
         return ((m - m.mean(-1, keepdim=True)) * rstd.unsqueeze(-1)).reshape(g.shape)
 
+    def moments_backward(self, step: Any, mean: Tensor | None, rstd: Tensor | None) -> Tensor | None:
+        """The mean is an output of its own, and linear; so is the deviation's inverse, a coefficient."""
+        if rstd is not None:
+            step.book("held back", dot(rstd, step.saved("result2")))
+        if mean is None:
+            return None
+        x: Tensor = step.saved("input")
+        size = x.numel() // mean.numel()
+        return (mean / size).unsqueeze(-1).expand(*mean.shape, size).reshape(x.shape)
+
     def normalised(self, step: Any) -> Tensor:
         x: Tensor = step.saved("input")
         y: Tensor = (self._grouped(step, x) - step.saved("result1").unsqueeze(-1)) * step.saved("result2").unsqueeze(-1)
         return y.reshape(x.shape)
 
-    def replay(self, step: Any, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+    def replay(self, step: Any, x: Tensor, w: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         y, weight = self.normalised(step), step.saved("weight")
         y = y if weight is None else y * self._column(weight, y.ndim)
-        return y if b is None else y + self._column(b, y.ndim)
+        y = y if b is None else y + self._column(b, y.ndim)
+        return y, step.saved("result1"), step.saved("result2")
 
 
-_layer, _batch, _group = LayerNorm(), BatchNorm(), GroupNorm()
+_layer, _rms, _batch, _group = LayerNorm(), RMSNorm(), BatchNorm(), GroupNorm()
 register(
     Operation(
         "NativeLayerNormBackward0",
@@ -163,11 +216,32 @@ register(
         rule=Statistic(),
         operands="+*+",
         saved={0: "input", 2: "bias"},
+        hides=lambda facts, present: not present[0],
         replay=_layer.replay,
         math=_layer,
     )
 )
-for _name in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0"):
+register(
+    Operation(
+        "FusedRmsNormBackward0",
+        "normalization",
+        rule=Statistic(),
+        operands="+*",
+        saved={0: "input"},
+        replay=_rms.replay,
+        math=_rms,
+    )
+)
+for _name in (
+    "NativeBatchNormBackward0",
+    "CudnnBatchNormBackward0",
+    "MiopenBatchNormBackward0",
+    "NativeBatchNormLegitBackward0",
+    "NativeBatchNormLegitBackward1",
+    "NativeBatchNormLegitNoTrainingBackward0",
+    "BatchNormNoUpdateBackward0",
+    "BatchNormWithUpdateBackward0",
+):
     register(
         Operation(
             _name,
@@ -175,8 +249,8 @@ for _name in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatc
             rule=Statistic(),
             operands="+*+",
             saved={0: "input"},
-            facts=lambda node: (node._saved_training, node._saved_weight is not None),
-            hides=lambda facts, present: facts[1] and not present[2],
+            facts=lambda node: (_trains(node), node._saved_weight is not None),
+            hides=lambda facts, present: not present[0] or (facts[1] and not present[2]),
             replay=_batch.replay,
             affine=lambda facts: not facts[0],
             math=_batch,
@@ -190,8 +264,37 @@ register(
         operands="+*+",
         saved={0: "input"},
         facts=lambda node: node._saved_weight is not None,
-        hides=lambda weighted, present: weighted and not present[2],
+        hides=lambda weighted, present: not present[0] or (weighted and not present[2]),
         replay=_group.replay,
         math=_group,
+    )
+)
+
+
+class WeightNorm:
+    """``v * g / ||v||`` over all dimensions but one."""
+
+    bias: int | None = None
+
+    def partial(self, step: Step, g: Tensor, position: int) -> Tensor:
+        return self.replay(step, g, step.operand(1)) if position == 0 else self.replay(step, step.operand(0), g)
+
+    def replay(self, step: Any, v: Tensor | None, g: Tensor | None) -> Tensor:
+        v = step.saved("v") if v is None else v
+        g = step.saved("g") if g is None else g
+        w: Tensor = v * (g / step.saved("result1"))
+        return w
+
+
+_weight = WeightNorm()
+register(
+    Operation(
+        "WeightNormInterfaceBackward0",
+        "product",
+        rule=Shares(),
+        operands="**",
+        saved={0: "v", 1: "g"},
+        replay=_weight.replay,
+        math=_weight,
     )
 )

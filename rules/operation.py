@@ -52,8 +52,9 @@ class Step(Protocol):
     def merged(self) -> Step | None:
         """The batch norm that a linear operation absorbed."""
 
-    def saved(self, name: str) -> Any:
-        """What autograd saved under ``name``."""
+    def saved(self, name: str | int) -> Any:
+        """What autograd saved under ``name``. Of a custom ``torch.autograd.Function``: an entry of
+        ``ctx.saved_tensors`` by number, or an attribute of ``ctx`` by name."""
 
     def operand(self, index: int) -> Tensor:
         """The promised value of an operand."""
@@ -66,6 +67,9 @@ class Step(Protocol):
 
     def vjp(self, grads: Grads) -> Sequence[Tensor | None]:
         """The operation's own vector-Jacobian product, one entry per operand."""
+
+    def expand(self, function: Replay, values: Sequence[Tensor | None], grads: Grads) -> Sequence[Tensor | None]:
+        """What walking through ``function(step, *values)`` gives, which does the operation in plain operations."""
 
 
 class Rule:
@@ -89,6 +93,11 @@ class Rule:
     @property
     def merges_norm(self) -> bool:
         """Take a batch norm that follows into the weights (linear rules that are not linear in the weights)."""
+        return False
+
+    @property
+    def books(self) -> bool:
+        """The rule enters the relevance of parameters and coefficients into the ledger itself."""
         return False
 
     def operands(self, operation: Operation, gate: int | None) -> str:
@@ -136,14 +145,42 @@ class Gradient(Rule):
 
 
 @dataclass(frozen=True)
+class Taylor(Rule):
+    """The first-order expansion at the input: the derivative, and what it leaves over of the output is an offset.
+
+    For smooth functions of many operands that have no origin to take a secant from (logsumexp, matrix_exp).
+    """
+
+    def needs(self, step: StepShape) -> Sequence[Need]:
+        return [OUTPUT, *(Need(i) for i, wanted in enumerate(step.wants) if wanted)]
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        g = grads[0]
+        if g is None:
+            return [None] * len(step.wants)
+        results = step.vjp(grads)
+        offset = inner(g, step.output())
+        for position, (m, wanted) in enumerate(zip(results, step.wants, strict=True)):
+            if m is not None and wanted:
+                offset = offset - inner(m, step.operand(position))
+        step.book("offsets", offset)
+        return results
+
+
+@dataclass(frozen=True)
 class Hold(Rule):
     """The operation's output is a coefficient: no relevance passes (CP-LRP's attention weights, statistics)."""
 
     def operands(self, operation: Operation, gate: int | None) -> str:
         return "-" * len(operation.operands) if operation.operands else "-"
 
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        return [None] * len(step.wants)
 
-Replay = Callable[..., Tensor]
+
+Replay = Callable[..., Any]
+"""``replay(step, *operand values)`` recomputes the output, or a tuple of the outputs. Operands that autograd did not
+record are None."""
 
 
 @dataclass(frozen=True)
@@ -161,12 +198,12 @@ class Operation:
     operands: str = ""
     result: str | None = None
     """Saved attribute that holds output 0."""
-    saved: Mapping[int, str] = field(default_factory=lambda: MappingProxyType({}))
-    """Saved attributes that hold operands."""
+    saved: Mapping[int, str | int] = field(default_factory=lambda: MappingProxyType({}))
+    """Saved attributes that hold operands; of a custom function, their numbers in ``ctx.saved_tensors``."""
     replay: Replay | None = None
-    """``replay(step, *operand values)`` recomputes output 0."""
-    copies: bool = False
-    """Every output element is one input element (views, slices, concatenation), so both gauges pass by the VJP."""
+    copies: bool | Callable[[Any], bool] = False
+    """Every output element is one input element (views, slices, concatenation), so both gauges pass by the VJP; or
+    ``copies(facts)``, where that depends on the node."""
     facts: Callable[[Any], Hashable] | None = None
     """Reads from a node what a plan must know beyond its name; passed to the callables below."""
     sign: Sign | Callable[[Any], Sign] = ""
@@ -181,14 +218,29 @@ class Operation:
     """The rule where both factors depend on the inputs (the family is then ``product``)."""
     lookup: str = ""
     """Saved attribute with the indices of a table look-up: integer inputs are explained there."""
+    rows: Callable[..., Tensor] | None = None
+    """``rows(step, relevance, table)``: relevance of each index, where an output is more than one row of the table."""
     gate: bool = False
     """A product with this function's value is gated."""
+    decay: bool = False
+    """A signal times this function's value is a state that decays."""
+    running: bool = False
+    """A running sum over steps."""
     absorbs: int | None = None
     """Operand that must be the input for the operation to take a batch norm behind it into its weights."""
     affine: Callable[[Any], bool] | None = None
     """``affine(facts)``: a norm with fixed statistics, which a linear operation before it can absorb."""
+    blocked: str | Callable[[Any], str] = ""
+    """Why relevance must not pass, or ``blocked(facts)``: a clear error where it arrives (a loss, a random draw)."""
     math: Any = None
     """What the rules of this family need to know (a linear map, a function with its value at zero ...)."""
+
+    def obstacle(self, facts: Any) -> str:
+        """Why relevance must not pass a node with these facts."""
+        return self.blocked(facts) if callable(self.blocked) else self.blocked
+
+    def copied(self, facts: Any) -> bool:
+        return self.copies(facts) if callable(self.copies) else self.copies
 
     def letter(self, index: int) -> str:
         return letter(self.operands, index)
@@ -227,23 +279,56 @@ def missing(facts: Any, present: tuple[bool, ...]) -> bool:
     return not all(present)
 
 
+def product(m: Tensor, x: Tensor) -> Tensor:
+    """``R = m x``. A complex multiplier is ``m_re + i m_im``, as autograd's gradients are, and ``R`` the real number
+    ``m_re x_re + m_im x_im``."""
+    return (m.conj() * x).real if m.is_complex() or x.is_complex() else m * x
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Sum of products of two tensors of one shape, at least in float32."""
-    if a.is_complex() or b.is_complex():
-        return (a * b).sum().real
+    if a.is_complex() or b.is_complex() or a.layout is not torch.strided or b.layout is not torch.strided:
+        return product(a, b).sum()
     if a.dtype != b.dtype or a.dtype in (torch.float16, torch.bfloat16):
         dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
         a, b = a.to(dtype), b.to(dtype)
     return torch.dot(a, b) if a.ndim == 1 else torch.dot(a.reshape(-1), b.reshape(-1))
 
 
+def masked_product(m: Tensor, x: Tensor) -> Tensor:
+    """:func:`product`, and 0 where a mask of ``-inf`` meets a multiplier of 0."""
+    return torch.where((m == 0) & (x == -torch.inf), 0.0, product(m, x))
+
+
+def inner(m: Tensor, x: Tensor) -> Tensor:
+    """Sum of products, which may broadcast; no multiplier, no relevance, whatever the number."""
+    if m.layout is not torch.strided or x.layout is not torch.strided:
+        return product(m, x).sum()
+    if m.dtype in (torch.float16, torch.bfloat16):
+        m = m.float()
+    return torch.where(m == 0, 0.0, product(m, x)).sum()
+
+
 def divide(relevance: Tensor, z: Tensor, epsilon: float) -> Tensor:
-    """``relevance / (z + epsilon * sign(z))`` with ``sign(0) = 1``; without stabiliser, 0 where z is 0."""
+    """``relevance / (z + epsilon * sign(z))`` with ``sign(0) = 1``; without stabiliser, 0 where z is 0.
+
+    The sign of a complex number is its direction.
+    """
+    if z.is_complex():
+        size = z.abs()
+        direction = torch.where(size == 0, 1.0, z / torch.where(size == 0, 1.0, size))
+        return divide(relevance, size, epsilon) / direction
     if epsilon:
         plus = torch.full((), epsilon, dtype=z.dtype, device=z.device)
         return relevance / torch.where(z < 0, -plus, plus).add_(z)
     empty = z == 0
     return torch.where(empty, 0.0, relevance / torch.where(empty, 1.0, z)).to(relevance.dtype)
+
+
+def blocked(reason: str, *names: str) -> None:
+    """Declare node types that no relevance may pass, with the reason that the error gives."""
+    for name in names:
+        register(Operation(name, "blocked", rule=Gradient(), operands="*", blocked=reason))
 
 
 def linear_operation(*names: str, family: str = "linear map", **traits: Any) -> None:
@@ -298,6 +383,8 @@ __all__ = [
     "Rule",
     "Step",
     "StepShape",
+    "Taylor",
+    "blocked",
     "linear_operation",
     "register",
     "replace",

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dynlrp.rules.operation import Grads, Need, Operation, Rule, Step, StepShape, linear_operation, register
+from dynlrp.rules.operation import Grads, Need, Operation, Replay, Rule, Step, StepShape, linear_operation, register
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Shares(Rule):
                 m = math.partial(step, g, position)
                 split = both and share != 1 and step.signals[position]
                 results[position] = m * share if split else m
-        if first == 1 and step.wants[0]:
-            results[0] = math.bias_backward(step, g)
+        if math.bias is not None and step.wants[math.bias]:
+            results[math.bias] = math.bias_backward(step, g)
         return results
 
     def _factors(self, step: StepShape) -> tuple[int, int]:
@@ -57,14 +58,17 @@ class Ungated(Shares):
     """
 
     def operands(self, operation: Operation, gate: int | None) -> str:
-        return operation.operands if gate is None else "-*" if gate == 0 else "*-"
+        letters = (operation.letter(i) for i in range(len(operation.operands)))
+        return "".join("-" if i == gate else own for i, own in enumerate(letters))
 
 
 class Elementwise:
     """``mul``: either factor is the other's derivative."""
 
+    bias: int | None = None
+
     def partial(self, step: Step, g: Tensor, position: int) -> Tensor:
-        return g * step.operand(1 - position)
+        return g * step.operand(1 - position).conj()
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Numerator(Rule):
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
         g = grads[0]
-        return (None, None) if g is None else (g / step.operand(1), None)
+        return (None, None) if g is None else (g / step.operand(1).conj(), None)
 
 
 def _operands(step: Any, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -96,27 +100,29 @@ def _divide(step: Any, left: Tensor | None, right: Tensor | None) -> Tensor:
     return a / b
 
 
+def _divide_rounded(step: Any, left: Tensor | None, right: Tensor | None) -> Tensor:
+    a, b = _operands(step, left, right)
+    return torch.div(a, b, rounding_mode=step.saved("rounding_mode"))
+
+
+def _quotient(name: str, replay: Replay, **traits: Any) -> None:
+    register(Operation(name, "quotient", rule=Numerator(), operands="*-", saved=SAVED, replay=replay, **traits))
+
+
+SAVED = {0: "self", 1: "other"}
+ROUNDED: dict[str, Any] = {
+    "facts": lambda node: node._saved_rounding_mode is not None,
+    "holds": lambda rounded: rounded,
+}
+"""Traits of quotients that are steps where they are rounded."""
+
 register(
     Operation(
-        "MulBackward0",
-        "product",
-        rule=Shares(),
-        operands="**",
-        saved={0: "self", 1: "other"},
-        replay=_multiply,
-        math=Elementwise(),
+        "MulBackward0", "product", rule=Shares(), operands="**", saved=SAVED, replay=_multiply, math=Elementwise()
     )
 )
-register(
-    Operation(
-        "DivBackward0",
-        "quotient",
-        rule=Numerator(),
-        operands="*-",
-        saved={0: "self", 1: "other"},
-        replay=_divide,
-    )
-)
+_quotient("DivBackward0", _divide)
+_quotient("DivBackward2", _divide_rounded, **ROUNDED)
 
 
 def _times(step: Any, x: Tensor) -> Tensor:
@@ -129,6 +135,11 @@ def _over(step: Any, x: Tensor) -> Tensor:
     return result
 
 
+def _over_rounded(step: Any, x: Tensor) -> Tensor:
+    return torch.div(x, step.saved("other"), rounding_mode=step.saved("rounding_mode"))
+
+
 # By a number of the C++ side, as in attention written out there.
 linear_operation("MulBackward1", family="scaling", replay=_times)
 linear_operation("DivBackward1", family="scaling", replay=_over)
+linear_operation("DivBackward3", family="scaling", replay=_over_rounded, **ROUNDED)

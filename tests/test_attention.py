@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -303,6 +304,239 @@ def test_the_kernel_that_is_not_fused(mask: str) -> None:
     assert explanation.ledger.closes
 
 
+# Masks that shut whole rows ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("composite", SHARES)
+@pytest.mark.parametrize("kind", ["bool", "-inf", "three dimensions"])
+def test_a_query_that_sees_nothing(kind: str, composite: str) -> None:
+    """Its output is zero in the fused kernel and in the one that PyTorch writes out, and nobody gets anything."""
+    q, k, v, m = tensors(0)
+    keep = torch.ones(LENGTH, KEYS, dtype=torch.bool)
+    keep[1], keep[2, :3] = False, False
+    if kind == "three dimensions":
+        q, k, v, m = q[:, 0], k[:, 0], v[:, 0], m[:, 0]
+    sees = keep.any(-1, keepdim=True)
+    parts = oracle.attention(q, k, v, m * sees, mask=torch.where(sees, added(keep), 0.0), scores=SHARES[composite])
+    mask = added(keep) if kind == "-inf" else keep
+    explanation = explain(lambda q, k, v: fused(q, k, v, mask), (q, k, v), lambda y: (y * m).sum(), composite=composite)
+    for ours, theirs in zip(explanation.relevance, (q * parts.query, k * parts.key, v * parts.value), strict=True):
+        match(ours, theirs)
+    assert explanation.ledger.closes
+
+
+# Relative positions -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["fused", "written", "bmm"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_relative_positions(way: str, frozen: bool) -> None:
+    """T5 (Raffel et al. 2020, section 2.1) looks a bias up by distance; it is the table's relevance, a parameter's."""
+    q, k, v, m = tensors(0)
+    near = (torch.arange(KEYS)[None] - torch.arange(LENGTH)[:, None]).clamp(-2, 2) + 2
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(5, HEADS).double()
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return WAYS[way](q, k, v, self.table(near).permute(2, 0, 1)[None])
+
+    net = Net().requires_grad_(not frozen)
+    bias = net.table.weight.detach()[near].permute(2, 0, 1)[None]
+    parts = oracle.attention(q, k, v, m, mask=bias)
+    weights = softmax(q @ k.transpose(-1, -2) * WIDTH**-0.5 + bias)
+    passed = 0.5 * m @ v.transpose(-1, -2)
+    share = weights * (passed - (passed * weights).sum(-1, keepdim=True)) * bias
+    explanation = explain(net, (q, k, v), lambda y: (y * m).sum())
+    wanted = [t * p for t, p in zip((q, k, v), parts[1:], strict=True)]
+    for ours, theirs in zip(explanation.relevance, wanted, strict=True):
+        same(ours, theirs)
+    assert explanation.ledger.closes
+    if not frozen:
+        number(explanation.ledger.accounts["parameters"], share.sum())
+        found = explain(net, (q, k, v), lambda y: (y * m).sum(), parameters="*").parameters["table.weight"]
+        rows = torch.zeros(5, HEADS).double().index_add_(0, near.flatten(), share.sum(0).permute(1, 2, 0).flatten(0, 1))
+        same(found, rows)
+
+
+# Modules ----------------------------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """The output of a module that returns weights too."""
+
+    def __init__(self, attention: nn.MultiheadAttention, **settings: Any) -> None:
+        super().__init__()
+        self.attention, self.settings = attention, settings
+
+    def forward(self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        k = q if k is None else k
+        output: Tensor = self.attention(q, k, k if v is None else v, **self.settings)[0]
+        return output
+
+
+def _module(**settings: Any) -> nn.MultiheadAttention:
+    module = nn.MultiheadAttention(6, 2, batch_first=True, **settings).double().eval()
+    with torch.no_grad():
+        for i, parameter in enumerate(module.parameters()):
+            parameter.copy_(draw(20 + i, *parameter.shape))
+    return module
+
+
+def _by_heads(module: nn.MultiheadAttention, mask: Tensor | None, m: Tensor, scores: float, *x: Tensor) -> list[Tensor]:
+    """Relevance of query, key and value for the multiplier ``m``: one linear layer each, attention, one more."""
+    if module.in_proj_weight is not None:
+        weights = module.in_proj_weight.detach().chunk(3)
+    else:
+        weights = tuple(getattr(module, name + "_proj_weight").detach() for name in "qkv")
+    biases = torch.zeros(18).double() if module.in_proj_bias is None else module.in_proj_bias.detach()
+    split = lambda t: t.unflatten(-1, (2, 3)).transpose(1, 2)  # noqa: E731
+    qkv = [split(t @ w.t() + b) for t, w, b in zip(x, weights, biases.chunk(3), strict=True)]
+    parts = oracle.attention(*qkv, split(m @ module.out_proj.weight.detach()), mask=mask, scores=scores)
+    return [t * (p.transpose(1, 2).flatten(2) @ w) for t, p, w in zip(x, parts[1:], weights, strict=True)]
+
+
+@pytest.mark.parametrize("composite", SHARES)
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("mask", ["none", "causal", "float", "padding"])
+@pytest.mark.parametrize("signals", ["self", "cross", "all"])
+def test_the_module(signals: str, mask: str, weights: bool, composite: str) -> None:
+    """With or without its weights asked for, which takes another path through PyTorch."""
+    module, length, keys = _module(), 4, 4 if signals == "self" else 5
+    if signals == "all":
+        module = nn.MultiheadAttention(6, 2, batch_first=True, kdim=5, vdim=4, bias=False).double()
+    x = [draw(0, 2, length, 6), draw(1, 2, keys, module.kdim), draw(2, 2, keys, module.vdim)]
+    m, settings, bias = draw(3, 2, length, 6), {"need_weights": weights}, None
+    if mask == "padding":
+        shut = torch.arange(keys)[None] >= torch.tensor([[3], [keys]])
+        settings["key_padding_mask"], bias = shut, added(~shut)[:, None, None]
+    elif mask != "none":
+        shut = torch.ones(length, keys, dtype=torch.bool).triu(1)
+        bias = added(~shut) if mask == "causal" else draw(4, length, keys)
+        settings["attn_mask"] = shut if mask == "causal" else bias
+    inputs = x[: {"self": 1, "cross": 2, "all": 3}[signals]]
+    parts = _by_heads(module, bias, m, SHARES[composite], *inputs, *inputs[-1:] * (3 - len(inputs)))
+    wanted = parts[: len(inputs)]
+    for more in parts[len(inputs) :]:
+        wanted[-1] = wanted[-1] + more
+    explanation = explain(Heads(module, **settings), tuple(inputs), lambda y: (y * m).sum(), composite=composite)
+    for ours, theirs in zip(explanation.relevance, wanted, strict=True):
+        match(ours, theirs)
+    assert explanation.ledger.closes
+
+
+@pytest.mark.parametrize("settings", [{"add_bias_kv": True}, {"add_zero_attn": True}])
+def test_keys_that_are_parameters(settings: dict[str, bool]) -> None:
+    """One more key and value that everybody sees; with relevance of their own, or zero."""
+    module, x, m = _module(**settings), draw(0, 2, 4, 6), draw(1, 2, 4, 6)
+    split = lambda t: t.unflatten(-1, (2, 3)).transpose(1, 2)  # noqa: E731
+    weights, biases = module.in_proj_weight.detach().chunk(3), module.in_proj_bias.detach().chunk(3)
+    q, k, v = (x @ w.t() + b for w, b in zip(weights, biases, strict=True))
+    more = [torch.zeros(2, 1, 6).double()] * 2
+    if module.bias_k is not None:
+        more = [b.detach().expand(2, 1, 6) for b in (module.bias_k, module.bias_v)]
+    k, v = torch.cat([k, more[0]], 1), torch.cat([v, more[1]], 1)
+    parts = oracle.attention(split(q), split(k), split(v), split(m @ module.out_proj.weight.detach()))
+    wanted = sum(x * (p.transpose(1, 2).flatten(2)[:, :4] @ w) for p, w in zip(parts[1:], weights, strict=True))
+    for need_weights in (False, True):
+        explanation = explain(Heads(module, need_weights=need_weights), x, lambda y: (y * m).sum())
+        same(explanation.relevance, wanted)
+        assert explanation.ledger.closes
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_an_encoder_layer(first: bool) -> None:
+    """In eval mode PyTorch has a fast path, which no graph can be recorded of: the slow one is explained."""
+    layer = nn.TransformerEncoderLayer(6, 2, 8, norm_first=first, batch_first=True).double().eval()
+    x = draw(0, 2, 4, 6)
+
+    def written(x: Tensor) -> Tensor:
+        attend = lambda x: Heads(layer.self_attn, need_weights=True)(x)  # noqa: E731
+        feed = lambda x: layer.linear2(torch.relu(layer.linear1(x)))  # noqa: E731
+        if first:
+            x = x + attend(layer.norm1(x))
+            return x + feed(layer.norm2(x))
+        x = layer.norm1(x + attend(x))
+        return layer.norm2(x + feed(x))
+
+    m = draw(1, 2, 4, 6)
+    ours, theirs = (explain(f, x, lambda y: (y * m).sum()) for f in (layer, written))
+    agrees(ours, theirs.relevance)
+
+
+# Other kinds of attention -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["fused", "broadcast", "einsum"])
+@pytest.mark.parametrize("composite", SHARES)
+def test_multi_query_attention(way: str, composite: str) -> None:
+    """All heads share one key and value (Shazeer 2019)."""
+    q, _, _, m = tensors(0)
+    k, v = draw(1, BATCH, 1, KEYS, WIDTH), draw(2, BATCH, 1, KEYS, WIDTH)
+    parts = oracle.attention(q, k.expand(-1, HEADS, -1, -1), v.expand(-1, HEADS, -1, -1), m, scores=SHARES[composite])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if way == "fused":
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        if way == "broadcast":
+            return torch.softmax(q @ k.mT * WIDTH**-0.5, -1) @ v
+        scores = torch.einsum("bhld,bsd->bhls", q, k[:, 0]) * WIDTH**-0.5
+        return torch.einsum("bhls,bsd->bhld", torch.softmax(scores, -1), v[:, 0])
+
+    explanation = explain(attend, (q, k, v), lambda y: (y * m).sum(), composite=composite)
+    wanted = (q * parts.query, k * parts.key.sum(1, keepdim=True), v * parts.value.sum(1, keepdim=True))
+    for ours, theirs in zip(explanation.relevance, wanted, strict=True):
+        match(ours, theirs)
+    assert explanation.ledger.closes
+
+
+@pytest.mark.parametrize("way", ["matmul", "einsum"])
+def test_linear_attention(way: str) -> None:
+    """Katharopoulos et al. 2020, eq. 7: phi(q) (sum phi(k) v) / phi(q) (sum phi(k)) with phi = elu + 1.
+
+    Two products with equal shares each, over a constant; the secant of elu, whose one is a constant.
+    """
+    q, k, v, m = tensors(0)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        if way == "einsum":
+            state = torch.einsum("bhsd,bhse->bhde", k, v)
+            return torch.einsum("bhld,bhde->bhle", q, state) / torch.einsum("bhld,bhd->bhl", q, k.sum(2)).unsqueeze(-1)
+        return q @ (k.mT @ v) / (q @ k.sum(2, keepdim=True).mT)
+
+    phi_q, phi_k = F.elu(q) + 1, F.elu(k) + 1
+    m_n = m / (phi_q @ phi_k.sum(2).unsqueeze(-1))
+    m_phi_q = 0.5 * m_n @ (phi_k.mT @ v).mT
+    m_state = 0.5 * phi_q.mT @ m_n
+    m_phi_k, m_v = 0.5 * v @ m_state.mT, 0.5 * phi_k @ m_state
+    wanted = [F.elu(q) * m_phi_q, F.elu(k) * m_phi_k, v * m_v]
+    constants = m_phi_q.sum() + m_phi_k.sum()
+    agrees(explain(attend, (q, k, v), lambda y: (y * m).sum()), wanted, {"constants": constants, "offsets": 0.0})
+
+
+@pytest.mark.parametrize("composite", SHARES)
+def test_cosine_attention(composite: str) -> None:
+    """Swin v2 (Liu et al. 2022, eq. 2): norms of queries and keys are coefficients, and so is the learned scale."""
+    q, k, v, m = tensors(0)
+    scale = nn.Parameter(draw(9, HEADS, 1, 1))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * scale.clamp(max=4.6).exp()
+        return torch.softmax(scores, -1) @ v
+
+    lengths = [t.norm(dim=-1, keepdim=True) for t in (q, k)]
+    factor = scale.detach().exp()
+    parts = oracle.attention(q / lengths[0] * factor, k / lengths[1], v, m, scale=1.0, scores=SHARES[composite])
+    wanted = [q * parts.query * factor / lengths[0], k * parts.key / lengths[1], v * parts.value]
+    explanation = explain(attend, (q, k, v), lambda y: (y * m).sum(), composite=composite)
+    for ours, theirs in zip(explanation.relevance, wanted, strict=True):
+        match(ours, theirs)
+    assert explanation.ledger.closes
+
+
 # Softmax ----------------------------------------------------------------------------------------------------
 
 
@@ -337,17 +571,24 @@ def test_softmax_of_masked_rows_is_finite() -> None:
     assert all(math.isfinite(amount) for amount in explanation.ledger.accounts.values())
 
 
+def _fields(name: str) -> set[str]:
+    """What nodes of this name save, as their class tells."""
+    return {field[7:] for field in dir(getattr(torch._C._functions, name)) if field.startswith("_saved_")}
+
+
 def test_no_softmax_or_kernel_is_forgotten() -> None:
     """Other kernels need a GPU; their nodes save what the one for CPUs does."""
-    kernels = {name for name, operation in REGISTRY.items() if operation.family == "attention"}
-    assert kernels == {
-        f"ScaledDotProduct{kind}Backward0"
-        for kind in (
-            "FlashAttentionForCpu", "FlashAttention", "CudnnAttention", "EfficientAttention",
-            "FusedAttentionOverrideable",
-        )
-    }  # fmt: skip
-    assert {n for n, o in REGISTRY.items() if o.family == "softmax"} == {"SoftmaxBackward0", "SafeSoftmaxBackward0"}
+    known = {name for name in dir(torch._C._functions) if not name.endswith(("BackwardBackward0", "DataBackward0"))}
+    kernels = {name for name in known if "Attention" in name}
+    assert kernels == {name for name, operation in REGISTRY.items() if operation.family == "attention"}
+    for name in kernels:
+        assert {*REGISTRY[name].saved.values(), REGISTRY[name].result} <= _fields(name)
+        added = {"bias", "attn_bias"} & set(REGISTRY[name].saved.values())
+        assert bool(added) == ("Efficient" in name or "Overrideable" in name)
+    for name in known:
+        if "Softmax" in name and "Sparse" not in name:
+            assert REGISTRY[name].family == ("log softmax" if "Log" in name else "softmax")
+            assert REGISTRY[name].result in _fields(name)
 
 
 def test_safe_softmax() -> None:
@@ -355,6 +596,76 @@ def test_safe_softmax() -> None:
     plain = explain(lambda x: torch.softmax(x, -1), x, lambda y: (y * m).sum())
     safe = explain(lambda x: torch.ops.aten._safe_softmax(x, -1), x, lambda y: (y * m).sum())
     agrees(safe, plain.relevance, plain.ledger.accounts)
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_masked_softmax(dim: int) -> None:
+    """A kernel of its own for what is shut; True means shut."""
+    x, m, shut = draw(0, 2, 3, 4), draw(1, 2, 3, 4), draw(2, 2, 3, 4) > 0.3
+    shut[:, 0], shut[..., 0] = False, False
+    ours = explain(lambda x: torch._masked_softmax(x, shut, dim, 2), x, lambda y: (y * m).sum())
+    p = softmax(x.masked_fill(shut, -math.inf).movedim(dim, -1)).movedim(-1, dim)
+    expected = p * (m - (m * p).sum(dim, keepdim=True)) * x
+    agrees(ours, expected, {"offsets": (m * p).sum() - expected.sum()})
+    theirs = explain(lambda x: torch.softmax(x.masked_fill(shut, -math.inf), dim), x, lambda y: (y * m).sum())
+    same(theirs.relevance, ours.relevance)
+
+
+@given(seed=SEEDS, dim=st.sampled_from([0, 1, -1]))
+def test_log_softmax(seed: int, dim: int) -> None:
+    """For log p_j = x_j - log sum exp x it is m_i = sum_j m_j (delta_ij - p_i), and what that leaves is an offset."""
+    x, m = draw(seed, 4, 4), draw(seed + 1, 4, 4)
+    rows, seeds = (x.t(), m.t()) if dim == 0 else (x, m)
+    p = softmax(rows)
+    expected = torch.zeros_like(rows)
+    for row in range(4):
+        for i in range(4):
+            for j in range(4):
+                expected[row, i] += rows[row, i] * seeds[row, j] * (float(i == j) - p[row, i])
+    explanation = explain(lambda x: torch.log_softmax(x, dim), x, lambda y: (y * m).sum())
+    entropy = -(p * p.log()).sum(1)
+    accounts = {"offsets": -(entropy * seeds.sum(1)).sum()}
+    agrees(explanation, expected.t() if dim == 0 else expected, accounts)
+
+
+def test_log_softmax_of_masked_logits() -> None:
+    """What is shut has no probability; a target among the rest gives numbers."""
+    x, shut = draw(0, 3, 4), torch.tensor([[False, True, False, False]])
+
+    def model(x: Tensor) -> Tensor:
+        return F.log_softmax(x.masked_fill(shut, -math.inf), -1)
+
+    explanation = explain(model, x, 2)
+    p = softmax(x.masked_fill(shut, -math.inf))
+    same(explanation.relevance, x * (torch.eye(4).double()[2] - p))
+    assert explanation.finite()
+
+
+def test_logits_and_their_log_softmax_differ_by_what_every_class_gets() -> None:
+    """Behind a classifier: the target's relevance less the expected one."""
+    model, x = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).double(), draw(0, 2, 5)
+    ours = explain(nn.Sequential(model, nn.LogSoftmax(1)), x, 1)
+    p = softmax(model(x).detach())
+    logits = [explain(model, x, i).relevance for i in range(3)]
+    agrees(ours, logits[1] - sum(p[:, i : i + 1] * logits[i] for i in range(3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("function", [torch.softmax, torch.log_softmax])
+def test_half_precision(function: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    x = (draw(0, 3, 8) * 1000).to(dtype)
+    explanation = explain(lambda x: function(x, -1)[:, 0], x, torch.sum)
+    assert explanation.finite()
+    assert all(math.isfinite(amount) for amount in explanation.ledger.accounts.values())
+
+
+def test_softmax_of_sequences_of_different_length() -> None:
+    """Nested tensors, over the dimension that all have."""
+    x, m = draw(0, 5, 4), draw(1, 5, 4)
+    ends = torch.tensor([0, 2, 5])
+    nested = lambda x: torch.nested.nested_tensor_from_jagged(x, ends).softmax(-1).values()  # noqa: E731
+    plain = explain(lambda x: torch.softmax(x, -1), x, lambda y: (y * m).sum())
+    agrees(explain(nested, x, lambda y: (y * m).sum()), plain.relevance, {"offsets": plain.ledger.accounts["offsets"]})
 
 
 def test_a_quotient_of_exponentials_is_not_softmax() -> None:

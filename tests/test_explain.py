@@ -175,6 +175,27 @@ class TestIds:
         (expected,) = self.expected(lambda e: e, self.words(self.ids))
         close(explain(model, self.ids, 1).relevance, expected.sum(-1))
 
+    @pytest.mark.parametrize(
+        ("copy", "of_embedded"),
+        [
+            (lambda ids: ids.t().contiguous(), lambda e: e.transpose(0, 1)),
+            (lambda ids: F.pad(ids, (0, 3), value=5), lambda e: F.pad(e, (0, 0, 0, 3))),
+            (lambda ids: F.pad(ids, (2, 0), value=5), lambda e: F.pad(e, (0, 0, 2, 0))),
+            (lambda ids: ids[:, 1:].contiguous(), lambda e: e[:, 1:]),
+            (lambda ids: ids[:, :3].contiguous(), lambda e: e[:, :3]),
+        ],
+        ids=["transposed", "padded", "padded in front", "cut in front", "cut"],
+    )
+    def test_ids_copied_by_the_model(self, copy: Callable[[Tensor], Tensor], of_embedded: Any) -> None:
+        weights = draw(5, *copy(self.ids).shape, 5)
+        model = self.module(lambda m, ids: m.words(copy(ids)) * weights)
+        model.head = nn.Flatten()
+        embedded = self.words(self.ids)
+        (expected,) = gradient_x_input(lambda e: (of_embedded(e) * weights).sum((1, 2)), embedded)
+        explanation = explain(model, self.ids, lambda y: y.sum(1))
+        close(explanation.relevance, expected.sum(-1))
+        assert explanation.ledger.closes
+
     def test_two_embeddings_of_the_same_ids_are_summed(self) -> None:
         ids = self.ids % 4
         model = self.module(lambda m, ids: m.words(ids) + 2 * m.types(ids))

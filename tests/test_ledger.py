@@ -14,6 +14,7 @@ from dynlrp import COMPOSITES, Composite, Explanation, explain, rules
 from dynlrp.ledger import ACCOUNTS
 from dynlrp.rules import AlphaBeta, Epsilon, EpsilonSum, Flat, Gamma, Rule, WSquare, ZBox, ZPlus
 from tests.conftest import SAMPLES, Sample, close, sample
+from tests.oracle import draw
 from tests.peers import models as peers
 
 CONSERVING = [name for name in COMPOSITES if name != "gradient_x_input"]
@@ -266,3 +267,20 @@ def test_a_ledger_that_does_not_close_says_so(registry: Any) -> None:
     assert ledger.error > 0.01
     assert "does NOT close" in repr(ledger)
     assert ledger.residual == pytest.approx(ledger.output - sum(ledger.accounts.values()))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_masks_of_infinity_may_be_parameters(learned: bool) -> None:
+    """Their relevance is 0, as is their multiplier."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mask = nn.Parameter(torch.full((3, 3), -torch.inf).triu(1).double(), requires_grad=learned)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.mT + self.mask).softmax(-1) @ x
+
+    explanation = explain(Masked(), draw(3, 2, 3, 4), lambda y: y.sum((1, 2)), composite="attnlrp")
+    assert explanation.ledger.closes
+    assert bool(torch.isfinite(explanation.relevance).all())

@@ -19,6 +19,7 @@ from tests import oracle
 from tests.oracle import Affine, agrees, draw, number, same
 
 SEEDS = st.integers(0, 2**32 - 1)
+aten_nn: Any = torch._C._nn
 
 
 class Layer(nn.Module):
@@ -317,6 +318,19 @@ def _baddbmm_left(x: Tensor, w: Tensor, b: Tensor | None, beta: float = 1, alpha
     return torch.bmm(w, x) * alpha if b is None else torch.baddbmm(b, w, x, beta=beta, alpha=alpha)
 
 
+def _added(function: Callable[..., Tensor], left: bool = False, beta: float = 1.0, alpha: float = 1.0) -> Affine:
+    """``beta * b + alpha * x @ w`` by one of PyTorch's functions for it, with ``x`` and ``w`` swapped on the left."""
+
+    def layer(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        first, second = (w, x) if left else (x, w)
+        if b is not None:
+            return function(b, first, second, beta=beta, alpha=alpha)
+        zero = torch.zeros((), dtype=x.dtype)
+        return function(zero, first, second, beta=0, alpha=alpha)
+
+    return layer
+
+
 ARRANGEMENTS: dict[str, Arrangement] = {
     "linear 2d": Arrangement(F.linear, (3, 4), (5, 4), (5,)),
     "linear 2d, no bias": Arrangement(F.linear, (3, 4), (5, 4)),
@@ -345,7 +359,22 @@ ARRANGEMENTS: dict[str, Arrangement] = {
     "baddbmm left, alpha, beta": Arrangement(
         partial(_baddbmm_left, alpha=-0.5, beta=-3.0), (2, 4, 3), (2, 5, 4), (2, 5, 1)
     ),
+    "addbmm": Arrangement(_added(torch.addbmm), (2, 3, 4), (2, 4, 5), (3, 5)),
+    "addbmm left, alpha, beta": Arrangement(
+        _added(torch.addbmm, True, beta=3.0, alpha=-0.5), (2, 4, 3), (2, 5, 4), (3,)
+    ),
+    "matrix @ w": Arrangement(lambda x, w, b: x @ w, (3, 4), (4,)),
+    "w @ vector": Arrangement(lambda x, w, b: w @ x, (4,), (3, 4)),
+    "vector @ w": Arrangement(lambda x, w, b: x @ w, (4,), (4, 3)),
+    "addmv": Arrangement(_added(torch.addmv), (3, 4), (4,), (3,)),
+    "addmv left, alpha, beta": Arrangement(_added(torch.addmv, True, beta=3.0, alpha=-0.5), (4,), (3, 4), (3,)),
+    "dot": Arrangement(lambda x, w, b: x @ w, (4,), (4,)),
+    "vdot": Arrangement(lambda x, w, b: torch.vdot(x, w), (4,), (4,)),
+    "vdot left": Arrangement(lambda x, w, b: torch.vdot(w, x), (4,), (4,)),
+    "addr": Arrangement(_added(torch.addr), (3,), (4,), (3, 4)),
+    "addr left, alpha, beta": Arrangement(_added(torch.addr, True, beta=3.0, alpha=-0.5), (4,), (3,), (3, 4)),
 }
+"""Products of vectors among them, whose shares are as they would be with matrices of one row or column."""
 CASES_ANYWHERE = {name: case for name, case in CASES.items() if name not in PER_SAMPLE}
 
 
@@ -359,6 +388,86 @@ def test_matrix_products_in_every_arrangement(
     x = draw(seed + 2, *shape)
     setup = Setup(layer, x, draw(seed + 3, *layer(x).shape), nonnegative, frozen)
     _check(CASES[name], setup)
+
+
+KERNELS: dict[str, tuple[Affine, tuple[int, ...], tuple[int, ...]]] = {
+    "SlowConv2DBackward0": (
+        lambda x, w, b: aten_nn.thnn_conv2d(x, w, [2, 2], b, [2, 1], [1, 0]),
+        (2, 3, 4, 4),
+        (4, 3, 2, 2),
+    ),
+    "SlowConv3DBackward0": (
+        lambda x, w, b: aten_nn.slow_conv3d(x, w, [2, 1, 2], b, [1, 2, 1], [1, 0, 1]),
+        (1, 2, 2, 3, 2),
+        (3, 2, 2, 1, 2),
+    ),
+    "SlowConvDilated2DBackward0": (
+        lambda x, w, b: aten_nn.slow_conv_dilated2d(x, w, [2, 2], b, [1, 2], [1, 1], [2, 1]),
+        (2, 3, 3, 3),
+        (4, 3, 2, 2),
+    ),
+    "SlowConvDilated3DBackward0": (
+        lambda x, w, b: aten_nn.slow_conv_dilated3d(x, w, [2, 1, 2], b, [1, 1, 1], [1, 0, 1], [2, 1, 1]),
+        (1, 2, 2, 2, 2),
+        (3, 2, 2, 1, 2),
+    ),
+    "SlowConvTranspose2DBackward0": (
+        lambda x, w, b: aten_nn.slow_conv_transpose2d(x, w, [2, 2], b, [2, 2], [1, 0], [1, 0], [1, 2]),
+        (2, 3, 3, 2),
+        (3, 4, 2, 2),
+    ),
+    "SlowConvTranspose3DBackward0": (
+        lambda x, w, b: aten_nn.slow_conv_transpose3d(x, w, [2, 1, 2], b, [2, 1, 1], [1, 0, 0], [1, 0, 0], [1] * 3),
+        (1, 2, 2, 2, 2),
+        (2, 3, 2, 1, 2),
+    ),
+    "ConvolutionBackward1": (
+        lambda x, w, b: torch._convolution(x, w, b, [1, 2], [1, 0], [1, 1], False, [0, 0], 2, False, False, True, True),
+        (2, 4, 3, 4),
+        (2, 2, 2, 2),
+    ),
+    "ConvTbcBackward0": (
+        lambda x, w, b: torch.conv_tbc(x, w, torch.zeros(w.shape[-1]).double() if b is None else b, 1),
+        (3, 2, 2),
+        (2, 2, 4),
+    ),
+}
+"""Convolutions by the names of their kernels."""
+OUTPUTS = {"SlowConvTranspose2DBackward0": 1, "SlowConvTranspose3DBackward0": 1, "ConvTbcBackward0": -1}
+"""Where a kernel has its output channels, if not first."""
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [(kernel, name) for kernel in KERNELS for name in (CASES_ANYWHERE if kernel == "ConvTbcBackward0" else CASES)],
+)
+@given(seed=SEEDS, before=st.booleans(), frozen=st.booleans(), biased=st.booleans())
+@settings(max_examples=3)
+def test_convolutions_by_other_names(
+    kernel: str, name: str, seed: int, before: bool, frozen: bool, biased: bool
+) -> None:
+    function, shape, weight = KERNELS[kernel]
+    outer = weight[OUTPUTS.get(kernel, 0)]
+    biased = biased or kernel == "ConvTbcBackward0"
+    layer = Layer(function, draw(seed, *weight), draw(seed + 1, outer) if biased else None, frozen)
+    x = draw(seed + 2, *shape).requires_grad_()
+    z = layer(x)
+    assert z.grad_fn is not None
+    assert z.grad_fn.name() == kernel
+    _check(CASES[name], Setup(layer, x.detach(), draw(seed + 3, *z.shape), before, False))
+
+
+@pytest.mark.parametrize("name", ["epsilon=0", "epsilon=0.1", "gamma=0.25", "wsquare"])
+@pytest.mark.parametrize(
+    "kind", [*KERNELS, "addbmm", "matrix @ w", "w @ vector", "vector @ w", "addmv", "dot", "vdot", "vdot left", "addr"]
+)
+def test_relevance_of_weights_by_other_names(kind: str, name: str) -> None:
+    arrangement = ARRANGEMENTS.get(kind) or Arrangement(*KERNELS[kind], (4,) if kind == "ConvTbcBackward0" else None)
+    bias = None if arrangement.bias is None else draw(2, *arrangement.bias)
+    layer, x = Layer(arrangement.function, draw(0, *arrangement.weight), bias), draw(1, *arrangement.x)
+    found = shares(CASES[name], layer.dense(arrangement.x), x, layer(x).detach())
+    explanation = explain(layer, x, torch.sum, composite=only(CASES[name].rule), parameters="*")
+    same(explanation.parameters["weight"], weight_relevance(layer, x, found))
 
 
 @given(seed=SEEDS, name=st.sampled_from(sorted(CASES_ANYWHERE)))
@@ -778,3 +887,32 @@ def test_alpha_and_beta_differ_by_one() -> None:
         AlphaBeta(2.0, 0.5)
     with pytest.raises(ValueError, match="alpha - beta"):
         AlphaBeta(0.5, -0.5)
+
+
+# Kernels of single processors -------------------------------------------------------------------------------
+
+_kernels: Any = torch.ops.aten
+SINGLE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "MkldnnConvolutionBackward0": lambda x, w, b: _kernels.mkldnn_convolution(x, w, b, [1, 1], [1, 1], [1, 1], 1),
+    "NnpackSpatialConvolutionBackward0": lambda x, w, b: _kernels._nnpack_spatial_convolution(x, w, b, [1, 1], [1, 1]),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kernel", SINGLE)
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_in_single_precision(name: str, kernel: str, frozen: bool) -> None:
+    x, m = draw(2, 2, 3, 4, 4), draw(3, 2, 4, 4, 4)
+    plain = Layer(partial(F.conv2d, padding=1), draw(0, 4, 3, 3, 3), draw(1, 4), frozen)
+    fused = Layer(SINGLE[kernel], plain.weight.detach().float(), draw(1, 4).float(), frozen)  # type: ignore[arg-type]
+    try:
+        y = fused(x.float().requires_grad_())
+    except RuntimeError:
+        pytest.skip("not in this build of PyTorch")
+    assert y.grad_fn is not None
+    assert y.grad_fn.name() == kernel
+    ours = explain(fused, x.float(), lambda y: (y * m.to(y)).sum(), composite=only(CASES[name].rule))
+    expected = explain(plain, x, lambda y: (y * m).sum(), composite=only(CASES[name].rule))
+    assert ours.ledger.closes
+    # Sums that nearly cancel lose the digits of the format.
+    same(ours.relevance.double(), expected.relevance, 1e-2)

@@ -144,3 +144,46 @@ def test_modules_of_torch_itself(build: str, composite: str) -> None:
     trainable = explain(model.eval(), x, 1, composite=composite)
     assert trainable.ledger.closes, trainable.ledger
     same(explain(model.requires_grad_(False), x, 1, composite=composite), trainable)
+
+
+class MadeOfWeights(nn.Module):
+    """Weights that are functions of weights: a scale, gated queries that attend to each other, a weight norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scale = nn.Parameter(torch.tensor(0.3))
+        self.queries = nn.Parameter(torch.randn(1, 3, 8))
+        self.mix = nn.Linear(4, 4)
+        self.read = torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))
+        self.period = nn.Parameter(torch.rand(4) + 0.5)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = nn.functional.glu(self.queries)
+        q = q + nn.functional.scaled_dot_product_attention(self.mix(q), q, q)
+        seen = self.read(x) * self.period.reciprocal()
+        seen = seen * torch.pow(seen.pow(2).mean(-1, keepdim=True) + 1e-6, -0.5)
+        out = nn.functional.scaled_dot_product_attention(q.expand(len(x), -1, -1), seen, seen) + q
+        return out.mean(1) * self.scale.exp()
+
+
+@pytest.mark.parametrize("composite", ["attnlrp", "auto", "dynamiclrp"])
+def test_weights_made_of_weights(composite: str) -> None:
+    """Asking for the relevance of what they are made of changes nothing else, and no account."""
+    model, x = MadeOfWeights().eval(), torch.randn(2, 5, 6, dtype=torch.float64)
+    plain = explain(model, x, 1, composite=composite)
+    asked = explain(model, x, 1, composite=composite, parameters="*")
+    same(asked, plain)
+    assert asked.ledger.closes, asked.ledger
+    assert asked.parameters["period"] is None  # it divides
+    assert all(r is not None for name, r in asked.parameters.items() if name != "period")
+
+
+def test_gradient_x_input_of_weights_made_of_weights() -> None:
+    model, x = MadeOfWeights().eval(), torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    explanation = explain(model, x.detach(), 1, composite="gradient_x_input", parameters="*")
+    model(x)[:, 1].sum().backward()
+    close(explanation.relevance, x.detach() * x.grad, 1e-10)
+    for name, parameter in model.named_parameters():
+        close(explanation.parameters[name], parameter.detach() * parameter.grad, 1e-10)

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dynlrp import Composite, When, explain
-from dynlrp.rules import REGISTRY, Shares, Ungated
+from dynlrp.rules import Shares, Ungated
 from tests.oracle import agrees, draw, number, same
+from tests.test_elementwise import of_family
 
 SEEDS = st.integers(0, 2**32 - 1)
 
 
 def test_no_product_is_forgotten() -> None:
-    assert {n for n, o in REGISTRY.items() if o.family in ("product", "quotient")} == {"MulBackward0", "DivBackward0"}
-    bilinear = {name for name, operation in REGISTRY.items() if operation.bilinear is not None}
-    assert bilinear == {"MmBackward0", "BmmBackward0", "AddmmBackward0", "BaddbmmBackward0", "ConvolutionBackward0"}
+    """Of single elements; matrices that divide, and weights by their norm, are tested with their like."""
+    assert of_family("product", "quotient") == {"MulBackward0", "DivBackward0", "DivBackward2"}
 
 
 @given(seed=SEEDS)
@@ -87,6 +87,28 @@ def test_a_quotient_of_two_signals(seed: int) -> None:
     same(explanation.relevance[0], m * a / b)
     assert explanation.relevance[1] is None or not explanation.relevance[1].any()
     assert explanation.ledger.closes
+
+
+@pytest.mark.parametrize("rounding", ["floor", "trunc"])
+@pytest.mark.parametrize("divisor", ["signal", "constant", "number", "scalar"])
+def test_rounded_quotients_are_coefficients(divisor: str, rounding: str) -> None:
+    """A step: a factor beside it takes all. Without rounding it is a quotient like any other."""
+    a, b, m = 3 * draw(0, 2, 3), draw(1, 3), draw(2, 2, 3)
+
+    def divide(a: Tensor, b: Tensor, rounding: str | None) -> Tensor:
+        if divisor == "scalar":
+            return torch.ops.aten.div.Scalar_mode(a, 0.7, rounding_mode=rounding)
+        return torch.div(
+            a, b if divisor == "signal" else 0.7 if divisor == "number" else b.detach(), rounding_mode=rounding
+        )
+
+    y = divide(a, b, rounding)
+    explanation = explain(lambda a, b: a + divide(a, b, rounding), (a, b), lambda y: (y * m).sum())
+    agrees(explanation, [m * a], {"held back": (m * y).sum()})
+    explanation = explain(lambda a, b: a * divide(a, b, rounding), (a, b), lambda y: (y * m).sum())
+    agrees(explanation, [m * a * y], {"held back": 0.0})
+    explanation = explain(lambda a, b: divide(a, b, None), (a, b), lambda y: (y * m).sum())
+    agrees(explanation, [m * divide(a, b, None)], {"held back": 0.0})
 
 
 # A tensor times a function of itself ------------------------------------------------------------------------

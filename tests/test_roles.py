@@ -33,13 +33,13 @@ class Spy(Rule):
 
 def found(model: Callable[..., Tensor], *inputs: Tensor) -> dict[str, list[tuple[str, int | None]]]:
     """Operations by role."""
-    spies = {role: Spy() for role in ("attention", "gate", "self gate")}
+    spies = {role: Spy() for role in NOTHING}
     for role, spy in spies.items():
         explain(model, inputs, torch.sum, composite=Composite.of(role, {When(role=role): spy}))
     return {role: sorted(set(spy.seen)) for role, spy in spies.items()}
 
 
-NOTHING: dict[str, list[tuple[str, int | None]]] = {"attention": [], "gate": [], "self gate": []}
+NOTHING: dict[str, list[tuple[str, int | None]]] = {"attention": [], "gate": [], "self gate": [], "transition": []}
 X, Y = draw(0, 2, 3), draw(1, 2, 3)
 
 
@@ -78,6 +78,71 @@ def test_a_gate_may_be_moved_about(model: Callable[[Tensor, Tensor], Tensor]) ->
 )
 def test_other_products_are_no_gates(model: Callable[[Tensor, Tensor], Tensor]) -> None:
     assert found(model, X, Y) == NOTHING
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_of_two_gates_the_one_that_is_never_negative(swapped: bool) -> None:
+    """The input gate of an LSTM, whichever is written first."""
+
+    def model(a: Tensor, b: Tensor) -> Tensor:
+        return torch.tanh(a) * torch.sigmoid(b) if swapped else torch.sigmoid(b) * torch.tanh(a)
+
+    assert found(model, X, Y) == {**NOTHING, "gate": [("MulBackward0", 1 if swapped else 0)]}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("mask", [None, torch.tensor([[True, False, True]])])
+def test_a_state_that_decays(swapped: bool, mask: Tensor | None) -> None:
+    """Relevance goes to the state alone: exp(-b) is a coefficient (MambaLRP)."""
+
+    def model(a: Tensor, b: Tensor) -> Tensor:
+        decay = torch.exp(-b)[:, :]
+        decay = decay if mask is None else decay * mask
+        return a * decay if swapped else decay * a
+
+    assert ("MulBackward0", 1 if swapped else 0) in found(model, X, Y)["transition"]
+    a, b = explain(model, (X, Y), torch.sum).relevance
+    same(a, X * torch.exp(-Y) * (1 if mask is None else mask))
+    assert b is None or not b.any()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_state_that_decays_over_many_steps(swapped: bool) -> None:
+    """Mamba-2's scan by matrix products is explained as the recurrence step by step."""
+
+    def recurrence(x: Tensor, a: Tensor) -> Tensor:
+        state, states = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            state = state * torch.exp(a[:, t, None]) + x[:, t]
+            states.append(state)
+        return torch.stack(states, 1)
+
+    def scan(x: Tensor, a: Tensor) -> Tensor:
+        total = a.cumsum(1)
+        mask = torch.ones(5, 5, dtype=torch.bool).tril()
+        decay = torch.exp((total[:, :, None] - total[:, None]).masked_fill(~mask, -torch.inf))
+        return (x.mT @ decay.mT).mT if swapped else decay @ x
+
+    x, a, m = draw(0, 2, 5, 3), -draw(1, 2, 5).abs(), draw(2, 2, 5, 3)
+    expected = explain(recurrence, (x, a), lambda y: (y * m).sum())
+    agrees(explain(scan, (x, a), lambda y: (y * m).sum()), expected.relevance[0])
+    assert found(scan, x, a) == {**NOTHING, "transition": [("BmmBackward0", 1 if swapped else 0)]}
+
+
+def test_a_decay_over_many_steps_beside_an_activation() -> None:
+    """The decay is the coefficient, also where the signal comes through what could be a gate."""
+    roles = found(lambda a, b: F.silu(a) * torch.exp(b.cumsum(1)[:, -1:] - b.cumsum(1)), X, Y)
+    assert roles == {**NOTHING, "transition": [("MulBackward0", 1)]}
+
+
+def test_exponentials_of_scores_are_no_transition() -> None:
+    """Attention with an exponential kernel, which divides behind the product."""
+
+    def model(q: Tensor, k: Tensor) -> Tensor:
+        weights = torch.exp(q @ k.mT)
+        return (weights @ k) / weights.sum(-1, keepdim=True)
+
+    assert found(model, draw(0, 2, 4, 3), draw(1, 2, 4, 3)) == NOTHING
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,117 @@
+"""Explaining one operation by plain operations: its re-run is a graph of its own that relevance walks through."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from dynlrp.capture import Recorder
+from dynlrp.composite import Composite
+from dynlrp.errors import NoPathError, UnknownOperationError
+from dynlrp.graph import Edge, Graph
+from dynlrp.ledger import Ledger
+from dynlrp.plan import Kind, UnknownNodes, make_plan
+from dynlrp.promise import Promises
+from dynlrp.rules.operation import REGISTRY, Grads, Replay, divide, dot
+from dynlrp.walk import LiveStep, Walk
+
+
+class Expander:
+    """Walks through re-runs of operations under one composite, booking into one ledger."""
+
+    def __init__(self, composite: Composite, on_unknown: str, ledger: Ledger, path: Callable[[int], str]) -> None:
+        self.composite = composite
+        self.on_unknown = on_unknown
+        self.ledger = ledger
+        self._path = path
+        self._starts: list[int] = []
+        """First sequence number of every re-run; they grow, as the numbers do."""
+        self._stands_for: list[int] = []
+        """Sequence number of the operation that was re-run."""
+
+    def path(self, sequence: int) -> str:
+        """Module path of an operation, or of the one that it is a part of."""
+        while self._starts and sequence >= self._starts[0]:
+            sequence = self._stands_for[bisect_right(self._starts, sequence) - 1]
+        return self._path(sequence)
+
+    def __call__(
+        self, step: LiveStep, function: Replay, values: Sequence[Tensor | None], grads: Grads
+    ) -> list[Tensor | None]:
+        """Multipliers of the operands from those of the outputs."""
+        results: list[Tensor | None] = [None] * len(values)
+        self._starts.append(torch._C._autograd._get_sequence_nr())
+        self._stands_for.append(step.node._sequence_nr())
+        recorder = Recorder()
+        with torch.enable_grad():
+            leaves = [_leaf(value) for value in values]
+            with recorder:
+                made = function(step, *leaves)
+                outputs = made if isinstance(made, tuple) else (made,)
+                pairs = [(y, g) for y, g in zip(outputs, grads, strict=False) if y is not None and g is not None]
+                if not pairs:
+                    return results
+                root, start = pairs[0]
+                if len(pairs) > 1:  # several roots are one after a concatenation
+                    root = torch.cat([y.reshape(-1) for y, _ in pairs])
+                    start = torch.cat([g.reshape(-1) for _, g in pairs])
+        if not root.requires_grad:
+            step.book("held back", dot(start, root))
+            return results
+        node, number = get_gradient_edge(root)[:2]
+        graph = Graph(node)
+        edges = [None if leaf is None or not leaf.requires_grad else _edge(graph, leaf) for leaf in leaves]
+        present = [(place, edge) for place, edge in enumerate(edges) if edge is not None]
+        signals = step.signals if step.plan.travels else step.wants
+        structure = graph.structure(
+            Edge(len(graph.nodes) - 1, number),
+            [edge for place, edge in present if signals[place]],
+            observed=[edge.node for place, edge in present if step.plan.observed[place]],
+            coefficients=[
+                edge.node
+                for place, edge in present
+                if step.plan.kinds[place] >= Kind.COEFFICIENT and not signals[place]
+            ],
+            first=step.plan.first,
+            last=step.plan.last,
+        )
+        try:
+            plan = make_plan(structure, self.composite, self.on_unknown, REGISTRY.version)
+        except NoPathError:
+            step.book("held back", dot(start, root.detach()))
+            return results
+        except UnknownNodes as error:
+            path = self.path(step.node._sequence_nr())
+            raise UnknownOperationError([(name, path) for _, name in error.nodes], error.reasons) from None
+        captured = {
+            Edge(graph.index[made_by], output): (value, value._version)
+            for made_by, output, value in recorder.values(graph.nodes)
+        }
+        # What leads to observed weights alone is in no account.
+        expander = self if step.plan.travels else Expander(self.composite, self.on_unknown, Ledger(), self.path)
+        walk = Walk(plan, graph, Promises(graph, plan.consumers, captured), expander.ledger, expander)
+        walk.settle([])
+        wanted = [(place, edge) for place, edge in present if step.wants[place]]
+        arrived = walk.run(start, structure.root, [edge for _, edge in wanted])
+        for place, edge in wanted:
+            m, leaf = arrived.get(edge), leaves[place]
+            if m is not None and leaf is not None and edge in plan.relevance_edges:
+                m = divide(m, leaf.detach().conj(), 0.0)
+            results[place] = m
+        return results
+
+
+def _leaf(value: Tensor | None) -> Tensor | None:
+    if value is None:
+        return None
+    value = value.detach()
+    return value.requires_grad_() if value.is_floating_point() or value.is_complex() else value
+
+
+def _edge(graph: Graph, leaf: Tensor) -> Edge | None:
+    node, number = get_gradient_edge(leaf)[:2]
+    return graph.edge(node, number)

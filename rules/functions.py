@@ -1,0 +1,104 @@
+"""Custom ``torch.autograd.Function``s of transformers, by what they stand for.
+
+Nodes are known by the name of their class alone, so the module that the class comes from is looked at too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynlrp.rules.elementwise import Function, elementwise
+from dynlrp.rules.expansion import expand
+from dynlrp.rules.operation import linear_operation
+from dynlrp.rules.shape import always
+
+
+def comes_from(module: str) -> dict[str, Any]:
+    """Traits that let a class of this module pass, and none of the same name."""
+
+    def facts(node: Any) -> bool:
+        return bool(node._forward_cls.__module__ == module)
+
+    def blocked(ours: Any) -> str:
+        return "" if ours else f"it has the name of a function of {module} but comes from elsewhere"
+
+    return {"facts": facts, "blocked": blocked}
+
+
+# Bloom's gelu, with its digits.
+
+
+def _tanh_gelu(step: Any, x: Tensor) -> Tensor:
+    return 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))
+
+
+elementwise(
+    "GeLUFunctionBackward",
+    Function(lambda s, x: x * _tanh_gelu(s, x), slope=0.5, secant=_tanh_gelu),
+    saved={0: 0},
+    gate=True,
+    **comes_from("transformers.models.bloom.modeling_bloom"),
+)
+
+# RecurrentGemma's square root, whose derivative alone is bounded.
+elementwise(
+    "SqrtBoundDerivativeBackward",
+    Function(lambda s, x: torch.sqrt(x), slope=0.0),
+    saved={0: 0},
+    sign="nonnegative",
+    **comes_from("transformers.models.recurrent_gemma.modeling_recurrent_gemma"),
+)
+
+# BitNet's quantised weights and activations: up to a rounding error, through which the derivative goes straight.
+for _name in ("WeightQuantBackward", "ActQuantBackward"):
+    linear_operation(_name, family="rounding", hides=always, **comes_from("transformers.integrations.bitnet"))
+
+
+def _masked_softmax(step: Any, x: Tensor, *_: Any) -> Tensor:
+    """DeBERTa's: 0 where masked, also where a whole row is."""
+    masked = step.saved(0) == 0
+    scores = x.masked_fill(masked, torch.finfo(x.dtype).min)
+    return torch.softmax(scores, step.saved("dim")).masked_fill(masked, 0.0)
+
+
+expand("XSoftmaxBackward", _masked_softmax, "softmax", **comes_from("transformers.models.sew_d.modeling_sew_d"))
+
+
+def _expected_collisions(step: Any, *operands: Tensor | None) -> Tensor:
+    """YOSO's attention: the probability that the hashes of a query and a key are equal."""
+    query_mask, key_mask = step.saved(0), step.saved(1)
+    query, key, value = (step.saved(3 + i) if x is None else x for i, x in enumerate(operands[2:5]))
+    weights = (1 - torch.acos(query @ key.mT) / math.pi) ** step.saved("config")["hash_code_len"]
+    result: Tensor = (weights * query_mask[:, :, None] * key_mask[:, None, :]) @ value
+    return result
+
+
+expand("YosoCumulationBackward", _expected_collisions, **comes_from("transformers.models.yoso.modeling_yoso"))
+
+
+def _reversible(step: Any, x: Tensor, *_: Any) -> Tensor:
+    """Reformer's layers: y1 = x1 + f(x2), y2 = x2 + g(y1), with the buckets that f hashed into."""
+    hidden, attended = torch.chunk(x, 2, dim=-1)
+    mask, length = step.saved("attention_mask"), hidden.shape[1]
+    for layer, buckets in zip(step.saved("layers"), step.saved("all_buckets"), strict=True):
+        hashes = None
+        if buckets is not None and buckets.ndim == 4:  # of local attention the cache keeps something else
+            hashes = buckets.shape[2]
+            if buckets.shape[3] != length:
+                raise ValueError(
+                    "the cache cut the buckets where it cut the padding: call the model with use_cache=False"
+                )
+        attention: Callable[..., Any] = layer.attention
+        attended = attended + attention(hidden, attention_mask=mask, num_hashes=hashes, buckets=buckets).hidden_states
+        hidden = hidden + layer.feed_forward(attended)
+    return torch.cat([attended, hidden], dim=-1)
+
+
+_reformer = comes_from("transformers.models.reformer.modeling_reformer")
+expand("_ReversibleFunctionBackward", _reversible, **_reformer)
+linear_operation("ReverseSortBackward", family="indexing", copies=True, **_reformer)

@@ -1,0 +1,220 @@
+"""Operations that are explained by others: as if the model had been written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynlrp import BrokenPromiseError, RuleError, UnknownOperationError, explain, relevance
+from dynlrp.rules import expand
+from dynlrp.rules.operation import blocked
+from tests.conftest import close, same
+from tests.oracle import draw
+
+
+class Fused(torch.autograd.Function):
+    """``gelu(x w + b) * sigmoid(x)`` and its mean over the last dimension, as one node."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(w, b)
+        return written_out(x, w, b)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raise AssertionError("the derivative is not asked for")
+
+
+def written_out(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    y = F.gelu(x @ w + b) * torch.sigmoid(x)
+    return y, y.mean(-1)
+
+
+def rerun(step: Any, x: Tensor, w: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+    return written_out(x, step.saved(0) if w is None else w, step.saved(1) if b is None else b)
+
+
+class Model(nn.Module):
+    """Uses both outputs; the parameters come from this module."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.w = nn.Parameter(draw(1, 4, 4))
+        self.b = nn.Parameter(draw(2, 4))
+        self.first = nn.Linear(4, 4).double()
+        self.first.weight.data, self.first.bias.data = draw(3, 4, 4), draw(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        y, mean = Fused.apply(h, self.w, self.b) if self.fused else written_out(h, self.w, self.b)
+        return y * 2 + mean.unsqueeze(-1)
+
+
+@pytest.fixture
+def _known(registry: dict[str, Any]) -> None:
+    expand("FusedBackward", rerun)
+
+
+COMPOSITES = ["attnlrp", "cplrp", "epsilon_plus", "epsilon_plus_flat", "dynamiclrp"]
+
+
+@pytest.mark.usefixtures("_known")
+@pytest.mark.parametrize("composite", COMPOSITES)
+def test_equals_the_model_written_out(composite: str) -> None:
+    """Relevance, accounts, and relevance of parameters, with two outputs in use."""
+    x, names = draw(0, 3, 4), ["w", "b", "first.weight"]
+    fused, plain = (explain(Model(f), x, 1, composite=composite, parameters=names) for f in (True, False))
+    same(fused, plain)
+    assert fused.ledger.closes
+    for name in names:
+        close(fused.parameters[name], plain.parameters[name])
+
+
+@pytest.mark.usefixtures("_known")
+@pytest.mark.parametrize("composite", COMPOSITES[:-1])  # magnitudes give what is not recorded no share
+def test_frozen_parameters_of_a_function_are_constants(composite: str) -> None:
+    x = draw(0, 3, 4)
+    fused, plain = (explain(Model(f).requires_grad_(not f), x, 1, composite=composite) for f in (True, False))
+    close(fused.relevance, plain.relevance)
+    assert fused.ledger.closes
+    assert plain.ledger.accounts["parameters"] == pytest.approx(
+        fused.ledger.accounts["parameters"] + fused.ledger.accounts["constants"], rel=1e-10
+    )
+
+
+@pytest.mark.usefixtures("_known")
+def test_only_one_output_in_use_and_constants() -> None:
+    w, b, x = draw(1, 4, 4), draw(2, 4), draw(0, 3, 4)
+    for pick in (0, 1):
+        results = [
+            explain(lambda x, f=f, p=pick: f(x, w, b)[p].sum(), x, torch.sum) for f in (Fused.apply, written_out)
+        ]
+        same(*results)
+
+
+@pytest.mark.usefixtures("_known")
+def test_relevance_of_a_graph_and_places_of_inner_bookings() -> None:
+    model, x = Model(True), draw(0, 3, 4).requires_grad_()
+    y = model(x)
+    close(relevance(y, x).relevance, explain(Model(False), x.detach(), lambda y: y.sum(1)).relevance)
+    ledger = explain(model, x.detach(), 0).ledger
+    assert {path for _, path in ledger.by_module()} == {"", "first"}
+    assert ("offsets", "SigmoidBackward0") in ledger.by_operation()
+
+
+def test_expansions_nest(registry: dict[str, Any]) -> None:
+    class Outer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return inner_plain(x) + x
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            raise AssertionError
+
+    class Inner(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return inner_plain(x)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            raise AssertionError
+
+    def inner_plain(x: Tensor) -> Tensor:
+        return torch.tanh(x) * torch.sigmoid(x + 1)
+
+    expand("OuterBackward", lambda step, x: Inner.apply(x) + x)
+    expand("InnerBackward", lambda step, x: inner_plain(x))
+    x = draw(5, 2, 3)
+    same(explain(lambda x: Outer.apply(x) * 2, x, 0), explain(lambda x: (inner_plain(x) + x) * 2, x, 0))
+
+
+def test_relevance_that_ends_inside_is_held_back(registry: dict[str, Any]) -> None:
+    expand("FusedBackward", lambda step, x, w, b: (x.detach() @ step.saved(0), None))
+    found = explain(lambda x: Fused.apply(x, draw(1, 4, 4), draw(2, 4))[0] + x, draw(0, 3, 4), 0)
+    assert found.ledger.accounts["held back"] != 0
+
+
+def test_errors_name_the_place(registry: dict[str, Any]) -> None:
+    blocked("a reason to give", "SigmoidBackward0")
+    expand("FusedBackward", rerun)
+    with pytest.raises(UnknownOperationError, match=r"SigmoidBackward0 in the model itself: a reason to give"):
+        explain(Model(True), draw(0, 3, 4), 0)
+    expand("FusedBackward", lambda step, x, w, b: x.nonsense())
+    with pytest.raises(RuleError, match="FusedBackward"):
+        explain(Model(True), draw(0, 3, 4), 0)
+
+
+# Writes into views ------------------------------------------------------------------------------------------
+
+W = draw(9, 8, 3)
+
+
+def in_place(x: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape)
+    y[:, :4] = x[:, 4:]
+    y[:, 2:5] += x[:, :3]
+    y[:, 6] = 2.5
+    y[:, 7:].masked_fill_(x[:, :1] > 0, -1.0)
+    y[:, 2:6].mul_(3.0)
+    y[:, :3].relu_()
+    return y @ W
+
+
+def out_of_place(x: Tensor) -> Tensor:
+    fill = x.new_tensor(-1.0).expand(len(x), 1)
+    y = torch.cat([x[:, 4:6], x[:, 6:8] + x[:, :2], x[:, 2:3], x.new_zeros(len(x), 1), fill * 0 + 2.5], 1)
+    last = torch.where(x[:, :1] > 0, fill, 0.0)
+    y = torch.cat([y[:, :2], y[:, 2:6] * 3, y[:, 6:]], 1)
+    return torch.cat([y[:, :3].relu(), y[:, 3:], last], 1) @ W
+
+
+@pytest.mark.parametrize("composite", ["attnlrp", "epsilon_plus", "dynamiclrp"])
+def test_writes_into_views(composite: str) -> None:
+    layer = nn.Linear(8, 8).double()
+    x = draw(6, 3, 8)
+    torch.testing.assert_close(in_place(x), out_of_place(x))
+    ours, plain = (explain(lambda x, f=f: f(layer(x)), x, 0, composite=composite) for f in (in_place, out_of_place))
+    assert ours.ledger.closes
+    if composite == "dynamiclrp":  # where a sum is written into a view, its summands keep their own shares
+        return
+    close(ours.relevance, plain.relevance)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda y: y[:, :2].sigmoid_(),
+        lambda y: y[:1, :2].fill_(0.0).add_(y[:1, :1] * 0).sigmoid_(),
+        lambda y: y[:, :2].mul_(y[:, 2:4].clone()),
+    ],
+    ids=["sigmoid", "sigmoid of few equal numbers", "product"],
+)
+def test_other_writes_are_an_error(write: Any) -> None:
+    def model(x: Tensor) -> Tensor:
+        y = x * 2
+        write(y)
+        return y @ W
+
+    x = draw(7, 3, 8)
+    with pytest.raises(UnknownOperationError, match="out of place"):
+        explain(model, x, 0)
+    found = explain(model, x, 0, on_unknown="gradient")
+    assert found.ledger.fallbacks
+    assert found.ledger.closes
+
+
+def test_a_saved_tensor_that_was_written_over() -> None:
+    def model(x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, :2].mul_(y[:, 2:4])
+        return y @ W
+
+    with pytest.raises(BrokenPromiseError, match="in place"):
+        explain(model, draw(7, 3, 8), 0)
