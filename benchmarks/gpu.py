@@ -1,0 +1,214 @@
+"""What an explanation costs on a CUDA device beside forward + input gradient: time, peak memory, share of kernels.
+
+    python -m benchmarks.gpu [--dtypes float32 bfloat16] [--batches 1 8 32] [--lengths 512] [--only NAME ...]
+                             [--json ROWS] [--write ROWS]
+
+Medians of interleaved calls that wait for the device at their end. *kernels* is the time that kernels run, by the
+profiler, over the time of the call: what is missing to 1 are gaps, in which the device waits for Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.architectures import Case, _image, resnet50, vgg16
+from benchmarks.cost import gradient, relevance, table
+from benchmarks.results import write_section
+
+Build = Callable[[int, int], Case]
+
+
+def _text(model: str, config: Any, width: int) -> Build:
+    def build(batch: int, length: int) -> Case:
+        made = getattr(transformers, model)(config())
+        return Case(made, {"inputs_embeds": torch.randn(batch, length, width)})
+
+    return build
+
+
+def _llama(width: int, layers: int, heads: int, inner: int) -> Callable[[], Any]:
+    return lambda: transformers.LlamaConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8,
+        intermediate_size=inner, vocab_size=128256, use_cache=False, pad_token_id=0,
+        max_position_embeddings=131072, rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    )  # fmt: skip
+
+
+MODELS: dict[str, Build] = {
+    "VGG16": lambda batch, _: Case(vgg16(), _image(batch)),
+    "ResNet-50": lambda batch, _: Case(resnet50(), _image(batch)),
+    "ViT-B/16": lambda batch, _: Case(
+        transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000)), {"pixel_values": _image(batch)}
+    ),
+    "BERT-base": _text("BertForSequenceClassification", lambda: transformers.BertConfig(), 768),
+    "GPT-2": _text(
+        "GPT2ForSequenceClassification", lambda: transformers.GPT2Config(use_cache=False, pad_token_id=0), 768
+    ),
+    "Llama 3.2 1B": _text("LlamaForSequenceClassification", _llama(2048, 16, 32, 8192), 2048),
+    "Llama 3.2 3B": _text("LlamaForSequenceClassification", _llama(3072, 28, 24, 8192), 3072),
+    "Qwen3 0.6B": _text(
+        "Qwen3ForSequenceClassification",
+        lambda: transformers.Qwen3Config(
+            hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
+            intermediate_size=3072, vocab_size=151936, use_cache=False, pad_token_id=0, max_position_embeddings=40960,
+        ),
+        1024,
+    ),
+    "Mamba 130M": lambda batch, length: Case(
+        transformers.MambaModel(transformers.MambaConfig(hidden_size=768, num_hidden_layers=24, use_cache=False)),
+        {"inputs_embeds": torch.randn(batch, length, 768)},
+        "last_hidden_state",
+    ),
+}  # fmt: skip
+COMPOSITES = {"VGG16": ("epsilon", "auto"), "ResNet-50": ("epsilon", "auto")}
+LONG = ("Llama 3.2 1B", "Qwen3 0.6B")
+"""Models that are also measured at the lengths beyond the first."""
+
+
+def built(build: Build, batch: int, length: int, dtype: torch.dtype, device: str) -> Case:
+    """The case on the device; its parameters require grad, as after loading."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            case = build(batch, length)
+    finally:
+        torch.set_default_dtype(before)
+    case.model.eval()
+    return case
+
+
+def timed(functions: list[Callable[[], object]], rounds: int, wait: Callable[[], object]) -> list[float]:
+    """Median seconds per call, taken in turns."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for number in range(rounds + 3):
+        for place, function in enumerate(functions):
+            wait()
+            start = time.perf_counter()
+            function()
+            wait()
+            if number > 2:
+                seconds[place].append(time.perf_counter() - start)
+    return [statistics.median(s) for s in seconds]
+
+
+def peak(function: Callable[[], object]) -> int:
+    """Peak of allocated device memory during a call, in bytes above its start."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def kernels(function: Callable[[], object]) -> float:
+    """Seconds that kernels run during a call."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) * 1e-6
+
+
+def measure(name: str, dtype: str, batch: int, length: int, rounds: int, device: str) -> list[dict[str, Any]]:
+    """One row per composite."""
+    case = built(MODELS[name], batch, length, getattr(torch, dtype), device)
+    composites = COMPOSITES.get(name, ("attnlrp",))
+    functions: list[Callable[[], object]] = [
+        partial(gradient, case),
+        *(partial(relevance, case, c) for c in composites),
+    ]
+    cuda = device == "cuda"
+    seconds = timed(functions, rounds, torch.cuda.synchronize if cuda else lambda: None)
+    memory = [peak(f) if cuda else 0 for f in functions]
+    running = [kernels(f) if cuda else 0.0 for f in functions]
+    rows = []
+    for place, composite in enumerate(composites, 1):
+        rows.append(
+            {
+                "versions": f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__}",
+                "model": name, "dtype": dtype, "batch": batch, "length": length, "composite": composite,
+                "gradient_ms": seconds[0] * 1e3, "time": seconds[place] / seconds[0],
+                "gradient_MiB": memory[0] / 2**20, "memory": memory[place] / max(memory[0], 1),
+                "gradient_kernels": running[0] / seconds[0], "kernels": running[place] / seconds[place],
+                "kernel_time": running[place] / max(running[0], 1e-12),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[512])
+    parser.add_argument("--only", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path, help="write the rows there, one per line")
+    parser.add_argument(
+        "--write", type=Path, metavar="ROWS", help="put rows written by --json into RESULTS.md, no more"
+    )
+    options = parser.parse_args()
+    if options.write:
+        write([json.loads(line) for line in options.write.read_text("utf-8").splitlines()])
+        return
+    torch.manual_seed(0)
+    for name in options.only:
+        for dtype in options.dtypes:
+            for batch in options.batches:
+                for length in options.lengths:
+                    if length != options.lengths[0] and (name not in LONG or batch != options.batches[0]):
+                        continue
+                    try:
+                        found = measure(name, dtype, batch, length, options.rounds, options.device)
+                    except torch.OutOfMemoryError:
+                        print(name, dtype, batch, length, "out of memory", flush=True)
+                        continue
+                    finally:
+                        gc.collect()
+                        torch.cuda.empty_cache()
+                    for row in found:
+                        print(*(f"{v:.3g}" if isinstance(v, float) else v for v in row.values()), sep="  ", flush=True)
+                        if options.json:
+                            with options.json.open("a", encoding="utf-8") as file:
+                                file.write(json.dumps(row) + "\n")
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Put the table into the results."""
+    header = [
+        "model", "dtype", "batch", "length", "composite", "forward + gradient", "explain / that", "gradient's peak",
+        "explain / that", "kernels: gradient", "kernels: explain", "kernel time / gradient's",
+    ]  # fmt: skip
+    body = [
+        [
+            row["model"], row["dtype"], str(row["batch"]), str(row["length"]), row["composite"],
+            f"{row['gradient_ms']:.1f} ms", f"{row['time']:.2f}", f"{row['gradient_MiB']:.0f} MiB",
+            f"{row['memory']:.2f}", f"{row['gradient_kernels']:.2f}", f"{row['kernels']:.2f}",
+            f"{row['kernel_time']:.2f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    versions = dict.fromkeys(row["versions"] for row in rows)
+    note = f"{'; '.join(versions)}. Command: `python -m benchmarks.gpu --json ROWS`, then `--write ROWS`. *kernels* is"
+    note += " the share of the time in which kernels run; the rest are gaps, in which the device waits for Python."
+    write_section(Path(__file__).with_name("RESULTS.md"), "GPU", note + "\n\n" + table(header, body))
+
+
+if __name__ == "__main__":
+    main()

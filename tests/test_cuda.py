@@ -1,0 +1,179 @@
+"""On an accelerator: the same relevance as on the CPU in float64, and the node names that exist only there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dynlrp import explain
+from tests.conftest import SAMPLES, sample
+from tests.peers import models as peers
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+SINGLE = 2e-3
+"""Relative to the largest value: float32 through a dozen layers, whose sums are added up in another order there."""
+HALF = {torch.float16: 0.02, torch.bfloat16: 0.1}
+"""Rounding of activations to 11 or 8 bits, a few layers deep."""
+
+
+def moved(inputs: Any, dtype: torch.dtype) -> Any:
+    if isinstance(inputs, dict):
+        return {name: moved(value, dtype) for name, value in inputs.items()}
+    return inputs.cuda().to(dtype) if inputs.is_floating_point() else inputs.cuda()
+
+
+def close(ours: Tensor, expected: Tensor, tolerance: float) -> None:
+    ours = ours.double().cpu()
+    assert bool(torch.isfinite(ours).all())
+    assert float((ours - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+def names(output: Tensor) -> set[str]:
+    """Node names behind an output."""
+    found, stack, seen = set(), [output.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found.add(node.name())
+        stack += [child for child, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.parametrize("composite", ["auto", "attnlrp", "epsilon_plus"])
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name != "efficientnet"])
+def test_models_equal_the_cpu(name: str, composite: str) -> None:
+    model, inputs, target = sample(name)
+    expected = explain(model, inputs, target, composite=composite)
+    try:
+        model.to("cuda", torch.float32)
+        found = explain(model, moved(inputs, torch.float32), target, composite=composite)
+        close(found.tensors()[0], expected.tensors()[0], SINGLE)
+        assert found.ledger.closes
+    finally:
+        model.to("cpu", torch.float64)
+
+
+BACKENDS: dict[str, tuple[SDPBackend, torch.dtype]] = {
+    "ScaledDotProductFlashAttentionBackward0": (SDPBackend.FLASH_ATTENTION, torch.bfloat16),
+    "ScaledDotProductEfficientAttentionBackward0": (SDPBackend.EFFICIENT_ATTENTION, torch.float32),
+    "ScaledDotProductCudnnAttentionBackward0": (SDPBackend.CUDNN_ATTENTION, torch.bfloat16),
+    "BmmBackward0": (SDPBackend.MATH, torch.float32),
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("composite", ["attnlrp", "cplrp"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_attention_kernels(name: str, composite: str, causal: bool) -> None:
+    backend, dtype = BACKENDS[name]
+    q, k, v = (torch.randn(2, 4, 32, 16, dtype=dtype, device="cuda") for _ in range(3))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).float().double().flatten(1)
+
+    expected = explain(attend, tuple(x.cpu().double() for x in (q, k, v)), 3, composite=composite)
+    with sdpa_kernel(backend):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        assert name in names(attend(*leaves))
+        found = explain(attend, (q, k, v), 3, composite=composite)
+    for ours, theirs in zip(found.relevance, expected.relevance, strict=True):
+        if theirs is None or not theirs.any():
+            assert ours is None or not ours.any()
+        else:
+            close(ours, theirs, HALF.get(dtype, 1e-4))
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers(kind: type[nn.RNNBase], train: bool) -> None:
+    """CuDNN's layers cannot be differentiated in eval mode; they are explained there all the same."""
+    model = kind(4, 5, num_layers=2, bidirectional=True, batch_first=True).double()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+
+    def score(x: Tensor) -> Tensor:
+        return model(x)[0].flatten(1)
+
+    expected = explain(score, x, 7).relevance
+    model.to("cuda", torch.float32).train(train)
+    assert "CudnnRnnBackward0" in names(score(x.cuda().float().requires_grad_()))
+    close(explain(score, x.cuda().float(), 7).relevance, expected, SINGLE)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
+def test_recurrent_cells(kind: Any) -> None:
+    model = kind(4, 5).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+
+    def score(x: Tensor) -> Tensor:
+        state = model(x)
+        state = model(x * 2, state)
+        return state[0] if isinstance(state, tuple) else state
+
+    expected = explain(score, x, 1).relevance
+    model.to("cuda", torch.float32)
+    assert any(name.startswith("ThnnFused") for name in names(score(x.cuda().float().requires_grad_())))
+    close(explain(score, x.cuda().float(), 1).relevance, expected, SINGLE)
+
+
+@pytest.mark.parametrize("composite", ["auto", "epsilon_plus"])
+@pytest.mark.parametrize("train", [False, True])
+def test_batch_norm(composite: str, train: bool) -> None:
+    model = peers.randomise(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)), 3
+    ).double()
+    model.train(train)
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    expected = explain(model, x, 1, composite=composite, allow_training=train).relevance
+    model.to("cuda", torch.float32)
+    y = model(x.cuda().float().requires_grad_())
+    assert names(y) & {"CudnnBatchNormBackward0", "NativeBatchNormBackward0"}
+    close(explain(model, x.cuda().float(), 1, composite=composite, allow_training=train).relevance, expected, SINGLE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["resnet", "vit", "bert", "gpt2", "llama"])
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    """As coarse as the numbers, and as the CPU in float64 where it is not."""
+    model, inputs, target = sample(name)
+    expected = explain(model, inputs, target, composite="attnlrp").tensors()[0]
+    try:
+        model.to("cuda", dtype)
+        found = explain(model, moved(inputs, dtype), target, composite="attnlrp").tensors()[0].double().cpu()
+        assert bool(torch.isfinite(found).all())
+        assert float(torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1]) > 0.9
+    finally:
+        model.to("cpu", torch.float64)
+
+
+@pytest.mark.parametrize("composite", ["auto", "attnlrp"])
+@pytest.mark.parametrize("name", ["resnet", "vit", "bert", "gpt2", "llama"])
+def test_the_host_waits_in_the_end_alone(name: str, composite: str) -> None:
+    """The host waits in the end alone, to see that everything is finite, and that constants nobody kept are zero."""
+    model, inputs, _ = sample(name)
+    try:
+        model.to("cuda", torch.float32)
+        given = moved(inputs, torch.float32)
+        call: Callable[[], Any] = lambda: explain(model, given, composite=composite)  # noqa: E731
+        call()
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(**given) if isinstance(given, dict) else model(given)
+            forward = len(caught)
+            call()  # which runs the model too
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        model.to("cpu", torch.float64)
+    places = [f"{w.filename}:{w.lineno}" for w in caught[forward:]]
+    # Which embedding an input with copied ids belongs to is seen before the pass.
+    assert len([place for place in places if "dynlrp" in place and "explain.py" not in place]) <= 2, places
