@@ -70,12 +70,13 @@ class Expander:
         structure = graph.structure(
             Edge(len(graph.nodes) - 1, number),
             [edge for place, edge in present if signals[place]],
-            observed=[edge.node for place, edge in present if step.plan.observed[place]],
-            coefficients=[
+            kept=tuple(edge for _, edge in present),
+            observed=tuple(edge.node for place, edge in present if step.plan.observed[place]),
+            coefficients=tuple(
                 edge.node
                 for place, edge in present
                 if step.plan.kinds[place] >= Kind.COEFFICIENT and not signals[place]
-            ],
+            ),
             first=step.plan.first,
             last=step.plan.last,
         )
@@ -88,8 +89,9 @@ class Expander:
             path = self.path(step.node._sequence_nr())
             raise UnknownOperationError([(name, path) for _, name in error.nodes], error.reasons) from None
         captured = {
-            Edge(graph.index[made_by], output): (value, value._version)
+            edge: (value, value._version)
             for made_by, output, value in recorder.values(graph.nodes)
+            if (edge := graph.edge(made_by, output)) is not None
         }
         # What leads to observed weights alone is in no account.
         expander = self if step.plan.travels else Expander(self.composite, self.on_unknown, Ledger(), self.path)

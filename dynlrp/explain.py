@@ -211,17 +211,16 @@ class _Run:
         groups: list[list[int]] = [[] for _ in inputs]
         copied: list[tuple[int, Tensor]] = []
         memory = {ids.untyped_storage().data_ptr(): number for number, ids in enumerate(inputs)}
-        for index, name in enumerate(self.graph.names):
-            operation = REGISTRY.get(name)
-            if operation is not None and operation.lookup:
-                indices = getattr(self.graph.nodes[index], "_saved_" + operation.lookup)
-                number = memory.get(indices.untyped_storage().data_ptr())
-                if number is None:
-                    copied.append((index, indices))
-                else:
-                    places = torch.arange(inputs[number].numel(), device=indices.device)
-                    places = places.as_strided(indices.shape, indices.stride(), indices.storage_offset())
-                    groups[number].append(self._want_edge(index, places))
+        for index in self.graph.skeleton.lookups:
+            operation = REGISTRY[self.graph.names[index]]
+            indices = getattr(self.graph.nodes[index], "_saved_" + operation.lookup)
+            number = memory.get(indices.untyped_storage().data_ptr())
+            if number is None:
+                copied.append((index, indices))
+            else:
+                places = torch.arange(inputs[number].numel(), device=indices.device)
+                places = places.as_strided(indices.shape, indices.stride(), indices.storage_offset())
+                groups[number].append(self._want_edge(index, places))
         taken = [bool(group) for group in groups]
         for index, indices in copied:
             for number, ids in enumerate(inputs):
@@ -253,7 +252,9 @@ class _Run:
         """Values of tensors, for promises."""
         self.recorded = list(recorder.values(self.graph.nodes))
         for node, number, value in self.recorded:
-            self.captured[Edge(self.graph.index[node], number)] = (value, value._version)
+            edge = self.graph.edge(node, number)
+            assert edge is not None
+            self.captured[edge] = (value, value._version)
 
     def observe(self, name: str, parameter: Tensor) -> None:
         self.leaves[name] = self._edge(parameter) if parameter.requires_grad else None
@@ -297,7 +298,15 @@ class _Run:
                 )
         tapped = [edge for edges in self.taps.values() for edge in edges if edge is not None]
         leaves = [edge for edge in self.leaves.values() if edge is not None]
-        structure = self.graph.structure(self.root, sources, self.seeded, [edge.node for edge in leaves], paths=paths)
+        keep = tuple(dict.fromkeys([*sources, *tapped, *leaves]))
+        structure = self.graph.structure(
+            self.root,
+            sources,
+            kept=keep,
+            seeded=self.seeded,
+            observed=tuple([edge.node for edge in leaves]),
+            paths=paths,
+        )
         plan = self._plan(structure, path)
         ledger = Ledger()
         ledger._output = self.value.sum()
@@ -305,13 +314,12 @@ class _Run:
         expand = Expander(self.composite, self.on_unknown, ledger, path)
         ledger._path = expand.path
         walk = Walk(plan, self.graph, promises, ledger, expand, check=check, release=self.release)
-        keep = list(dict.fromkeys([*sources, *tapped, *leaves]))
         tables = [rows.table for _, rows in self.wanted if rows is not None and rows.table is not None]
         walk.settle([edge for edge in keep if edge not in plan.relevance_edges] + tables)
-        visited = len(plan.steps)
+        visited = plan.visited
         sequences = {edge: self.graph.nodes[edge.node]._sequence_nr() for edge in sources}
         if self.release:
-            self.graph.index.clear()
+            self.graph.forget()
         arrived = walk.run(self.start, self.root, keep)
 
         def read(edge: Edge | None) -> Tensor | None:

@@ -44,12 +44,12 @@ class Explanation:
     def finite(self) -> bool:
         """Whether no relevance, and nothing in the ledger, is NaN or infinite."""
         found = [t for t in pytree.tree_leaves((self.relevance, self.layers, self.parameters)) if isinstance(t, Tensor)]
-        totals = [self.value.sum(), self.ledger.total()]
+        totals = [self.value.sum(), *self.ledger.looks()]
         # One look for all, as looking waits for an accelerator.
         if math.isfinite(sum(t.sum(dtype=torch.float64).to(self.value.device) for t in (*found, *totals))):
             return True
         # A sum may overflow where none of its terms does, in half precision above all.
-        return all(bool(torch.isfinite(t).all()) for t in (*found, self.value)) and not bool(torch.isnan(totals[1]))
+        return all(bool(torch.isfinite(t).all()) for t in (*found, self.value)) and self.ledger.finite()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python numbers and lists, ready for JSON."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,16 +24,34 @@ class Edge(NamedTuple):
     output: int
 
 
-@dataclass(frozen=True)
-class Structure:
-    """Everything a plan depends on, hashable. Nodes are numbered so that operands come before their consumers."""
+@dataclass(frozen=True, eq=False)
+class Skeleton:
+    """What a graph looks like without its tensors; one object for all graphs that look alike. Nodes are numbered so
+    that operands come before their consumers."""
 
     names: tuple[str, ...]
     operands: tuple[tuple[Edge | None, ...], ...]
+    order: tuple[int, ...]
+    """For every node, its place in the order in which nodes are found from the root."""
+    places: tuple[int, ...]
+    """The other way round: the number of every node found."""
+    telling: tuple[tuple[int, Callable[[Any], Hashable]], ...]
+    """Nodes that tell more of themselves than their name."""
+    lookups: tuple[int, ...]
+    """Nodes that look up rows of a table."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Everything a plan depends on, hashable."""
+
+    skeleton: Skeleton
     facts: tuple[Hashable, ...]
     """What some operations tell of themselves beyond their name (the bounds of a clamp, say)."""
     root: Edge
     sources: tuple[Edge, ...]
+    kept: tuple[Edge, ...] = ()
+    """Edges on the way at which somebody wants to know what arrived."""
     seeded: bool = False
     """The root is given relevance instead of a multiplier."""
     observed: tuple[int, ...] = ()
@@ -46,49 +65,53 @@ class Structure:
     last: bool = True
     """None lies between it and the output."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.skeleton.names
+
+    @property
+    def operands(self) -> tuple[tuple[Edge | None, ...], ...]:
+        return self.skeleton.operands
+
 
 class Graph:
-    """The live autograd nodes behind a :class:`Structure`, in the same order."""
+    """The live autograd nodes behind a :class:`Skeleton`, in its order."""
 
     def __init__(self, root: Node) -> None:
-        self.nodes, self.operands = _topological(root)
-        self.index: dict[Node, int] = {node: i for i, node in enumerate(self.nodes)}
-        self.names = tuple([node.name() for node in self.nodes])
+        found = [root]
+        self._index: dict[Node, int] = {root: 0}
+        index, links = self._index, []
+        for node in found:  # which grows
+            for child, output in node.next_functions:
+                if child is None:
+                    links.append(NOTHING)
+                    continue
+                place = index.get(child)
+                if place is None:
+                    place = index[child] = len(found)
+                    found.append(child)
+                links.append(place)
+                links.append(output)
+            links.append(END)
+        names = tuple([node.name() for node in found])
+        self.skeleton = _skeleton(names, tuple(links), REGISTRY.version)
+        self.nodes: list[Node] = [found[place] for place in self.skeleton.order]
+        self.names, self.operands = self.skeleton.names, self.skeleton.operands
 
     def edge(self, node: Node, output: int) -> Edge | None:
         """The edge of a tensor's ``(grad_fn, output_nr)``, None where it is not part of the graph."""
-        index = self.index.get(node)
-        return None if index is None else Edge(index, output)
+        place = self._index.get(node)
+        return None if place is None else Edge(self.skeleton.places[place], output)
 
-    def structure(
-        self,
-        root: Edge,
-        sources: Iterable[Edge],
-        seeded: bool = False,
-        observed: Iterable[int] = (),
-        coefficients: Iterable[int] = (),
-        paths: tuple[str, ...] | None = None,
-        first: bool = True,
-        last: bool = True,
-    ) -> Structure:
-        """The hashable description of this graph for an explanation of ``root`` by ``sources``."""
-        facts: list[Hashable] = []
-        for name, node in zip(self.names, self.nodes, strict=True):
-            operation = REGISTRY.get(name)
-            facts.append(operation.facts(node) if operation is not None and operation.facts is not None else None)
-        return Structure(
-            self.names,
-            self.operands,
-            tuple(facts),
-            root,
-            tuple(sources),
-            seeded,
-            tuple(observed),
-            tuple(coefficients),
-            paths,
-            first,
-            last,
-        )
+    def forget(self) -> None:
+        """Let nodes go as soon as nobody else holds them; no more edges can be asked for."""
+        self._index.clear()
+
+    def structure(self, root: Edge, sources: Iterable[Edge], **wanted: Any) -> Structure:
+        """The hashable description of this graph for an explanation of ``root`` by ``sources``; for ``wanted``, see
+        the fields of :class:`Structure`."""
+        facts = tuple([read(self.nodes[index]) for index, read in self.skeleton.telling])
+        return Structure(self.skeleton, facts, root, tuple(sources), **wanted)
 
 
 def saved(node: Node, name: str | int) -> Any:
@@ -99,27 +122,48 @@ def saved(node: Node, name: str | int) -> Any:
     return getattr(node, name if isinstance(node, torch._C._FunctionBase) else "_saved_" + name)
 
 
-def _topological(root: Node) -> tuple[list[Node], tuple[tuple[Edge | None, ...], ...]]:
-    """Nodes reachable from ``root``, operands first, without recursion."""
-    index: dict[Node, int] = {}
-    nodes: list[Node] = []
-    operands: list[tuple[Edge | None, ...]] = []
-    opened: dict[Node, tuple[tuple[Node | None, int], ...]] = {}
-    stack = [root]
+NOTHING, END = -1, -2
+"""In the flat description of a graph: an operand that was not recorded, and the end of a node's operands."""
+
+
+# Skeletons hold no tensors and their keys are complete, so calls from anywhere may share them.
+@lru_cache(maxsize=64)
+def _skeleton(names: tuple[str, ...], links: tuple[int, ...], version: int) -> Skeleton:
+    """The skeleton of a graph whose nodes, in the order in which they are found, have ``names`` and, as operands,
+    ``links``: pairs of node and output. ``version`` is the registry's."""
+    operands: list[list[tuple[int, int] | None]] = [[]]
+    rest = iter(links)
+    for place in rest:
+        if place == END:
+            operands.append([])
+        else:
+            operands[-1].append(None if place == NOTHING else (place, next(rest)))
+    places = [-1] * len(names)
+    order: list[int] = []
+    opened: set[int] = set()
+    stack = [0]
     while stack:
-        node = stack[-1]
-        if node in index:
-            stack.pop()
-            continue
-        following = opened.get(node)
-        if following is None:
-            opened[node] = following = node.next_functions
-            waiting = [child for child, _ in following if child is not None and child not in index]
+        place = stack[-1]
+        if places[place] < 0 and place not in opened:
+            opened.add(place)
+            waiting = [link[0] for link in operands[place] if link is not None and places[link[0]] < 0]
             if waiting:
                 stack.extend(waiting)
                 continue
         stack.pop()
-        index[node] = len(nodes)
-        nodes.append(node)
-        operands.append(tuple([None if child is None else Edge(index[child], output) for child, output in following]))
-    return nodes, tuple(operands)
+        if places[place] < 0:
+            places[place] = len(order)
+            order.append(place)
+    ordered = tuple([names[place] for place in order])
+    known = [(index, REGISTRY[name]) for index, name in enumerate(ordered) if name in REGISTRY]
+    return Skeleton(
+        ordered,
+        tuple(
+            tuple([None if link is None else Edge(places[link[0]], link[1]) for link in operands[place]])
+            for place in order
+        ),
+        tuple(order),
+        tuple(places),
+        tuple([(index, operation.facts) for index, operation in known if operation.facts is not None]),
+        tuple([index for index, operation in known if operation.lookup]),
+    )

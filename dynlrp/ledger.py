@@ -32,8 +32,10 @@ class Ledger:
         self._places: list[tuple[str, int, str]] = []
         self._sums: list[float] | None = None
         self._later: list[tuple[str, int, str, Tensor, Tensor]] = []
+        self._kept: list[tuple[list[Tensor], list[torch.Size], Tensor]] = []
+        """Multipliers of many leaves, their shapes, and their values in one vector; multiplied when somebody reads."""
         self._products: list[tuple[Tensor, list[int]]] = []
-        """Relevance of many leaves in one vector, with the length of each; summed up when somebody reads."""
+        """Relevance of those leaves in one vector, with the length of each."""
         self._leaves: list[tuple[str, int, str]] = []
         """Places of those leaves."""
         self._output: Tensor = torch.zeros(())
@@ -49,24 +51,33 @@ class Ledger:
         self._places.append((account, sequence, name))
 
     def book_later(self, account: Account, name: str, sequence: int, multiplier: Tensor, value: Tensor) -> None:
-        """Enter the relevance of a leaf; small plain ones are multiplied all together by :meth:`settle`."""
+        """Enter the relevance of a leaf, by its multiplier or one that is yet to be summed to the leaf's shape.
+
+        Small plain leaves are multiplied all together, and not before somebody reads the ledger.
+        """
         if value.layout is not torch.strided or value.numel() > SMALL:
             self.book(account, name, sequence, inner(multiplier, value.detach()))
         else:
             self._later.append((account, sequence, name, multiplier, value))
 
     def settle(self) -> None:
-        """Multiply what was entered for later: the leaves may change once the explanation is there."""
+        """Copy the leaves whose relevance was entered for later, as they may change once the explanation is there."""
         groups: dict[tuple[torch.dtype, torch.device], list[tuple[str, int, str, Tensor, Tensor]]] = defaultdict(list)
         for entry in self._later:
             groups[entry[4].dtype, entry[4].device].append(entry)
         self._later = []
         for entries in groups.values():
-            m = torch.cat([entry[3].reshape(-1) for entry in entries])
-            x = torch.cat([entry[4].detach().reshape(-1) for entry in entries])
-            m = m.to(torch.promote_types(m.dtype, torch.float32))
-            self._products.append((masked_product(m, x), [entry[3].numel() for entry in entries]))
+            values = [entry[4].detach() for entry in entries]
+            copies = torch.cat([x if x.ndim == 1 else x.reshape(-1) for x in values])
+            self._kept.append(([entry[3] for entry in entries], [x.shape for x in values], copies))
             self._leaves += [entry[:3] for entry in entries]
+
+    def _multiply(self) -> None:
+        kept, self._kept = self._kept, []
+        for multipliers, shapes, values in kept:
+            m = torch.cat([m.sum_to_size(shape).reshape(-1) for m, shape in zip(multipliers, shapes, strict=True)])
+            m = m.to(torch.promote_types(m.dtype, torch.float32))
+            self._products.append((masked_product(m, values), [shape.numel() for shape in shapes]))
 
     def __len__(self) -> int:
         return len(self._amounts)
@@ -120,6 +131,7 @@ class Ledger:
 
     def amounts(self) -> Tensor:
         """All entries, in float64."""
+        self._multiply()
         entries = [*self._amounts]
         for products, sizes in self._products:
             entries += [part.sum() for part in torch.split(products, sizes)]
@@ -127,12 +139,18 @@ class Ledger:
             return torch.stack([a.double().to(self._output.device) for a in entries])
         return torch.stack(entries).double() if entries else torch.zeros(0, dtype=torch.float64)
 
-    def total(self) -> Tensor:
-        """The sum over all accounts, 0-d and in float64."""
-        parts = [*self._amounts, *(products.sum() for products, _ in self._products)]
-        if len({(a.dtype, a.device) for a in parts}) > 1:
-            parts = [a.double().to(self._output.device) for a in parts]
-        return torch.stack(parts).sum(dtype=torch.float64) if parts else self._output.new_zeros((), dtype=torch.float64)
+    def looks(self) -> list[Tensor]:
+        """0-d numbers that are finite where all that was entered is, and rarely otherwise."""
+        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
+        for amount in self._amounts:
+            kinds[amount.dtype, amount.device].append(amount)
+        booked = [torch.stack(amounts).sum(dtype=torch.float64) for amounts in kinds.values()]
+        return booked + [values.sum(dtype=torch.float64) for *_, values in self._kept]
+
+    def finite(self) -> bool:
+        """Whether no amount is NaN and no leaf is NaN or inf (-inf may be a mask)."""
+        amounts = all(not bool(torch.isnan(amount)) for amount in self._amounts)
+        return amounts and not any(bool((x.isnan() | (x == torch.inf)).any()) for *_, x in self._kept)
 
     def _values(self) -> list[float]:
         return self._read()[:-1]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -35,6 +37,21 @@ class PassThrough(Rule):
 
     def __call__(self, step: Step, grads: Grads) -> tuple[Tensor | None, ...]:
         return (grads[0], *[None] * (len(step.wants) - 1))
+
+
+class Link(NamedTuple):
+    """An operand that gets something."""
+
+    position: int
+    node: int
+    output: int
+    booked: bool
+    """Its relevance ends here, in the ledger."""
+    passes: bool
+    """It goes on to the node."""
+    leaf: bool
+    scaled: bool
+    """Its multiplier must become relevance, as another consumer of the tensor emits relevance."""
 
 
 @dataclass
@@ -78,14 +95,20 @@ class StepPlan:
     scaled: tuple[bool, ...] = ()
     """Operands whose multiplier must become relevance, as another consumer of the tensor emits relevance."""
     needs: tuple[Need, ...] = ()
-    links: tuple[tuple[int, Edge], ...] = ()
-    """Operands that get something: number and edge."""
+    links: tuple[Link, ...] = ()
+    """Operands that get something."""
     promised: tuple[bool, ...] = ()
     """Booked operands whose value must be promised (leaves are at hand)."""
+    kept: bool = False
+    """Somebody wants to know what arrives here."""
     plain: bool = False
     """The node's own VJP is all there is to do."""
-    moves: Edge | None = None
-    """The one operand of a plain movement."""
+    chain: tuple[int, ...] = ()
+    """Nodes to call one after the other, this one first: of one operand, with nothing to do but their own VJP."""
+    target: Edge | None = None
+    """The edge that the last of a chain gives to."""
+    exact: bool = False
+    """What the chain gives has the shape and dtype of that edge."""
 
     @property
     def settles(self) -> bool:
@@ -108,11 +131,14 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps from output to sources, and the gauge of every edge that carries relevance, not a multiplier."""
+    """The steps from output to sources, without those that are in the chain of an earlier one, and the gauge of every
+    edge that carries relevance, not a multiplier."""
 
     steps: tuple[StepPlan, ...]
     settling: tuple[StepPlan, ...]
     """The steps that need activations."""
+    visited: int
+    """Nodes that relevance meets."""
     relevance_edges: frozenset[Edge]
     ends: frozenset[Edge]
     """Sources with no other source behind them: here relevance leaves the graph."""
@@ -157,6 +183,7 @@ class _Planner:
         self.composite = composite
         self.on_unknown = on_unknown
         self.count = len(structure.names)
+        self.facts = {index: fact for (index, _), fact in zip(structure.skeleton.telling, structure.facts, strict=True)}
         self.roles = roles(structure)
         self.sources = frozenset(structure.sources)
         self.consumers: dict[Edge, list[tuple[int, int]]] = {}
@@ -223,14 +250,14 @@ class _Planner:
                     self.letters.append(chosen.operands(operation, None))
                     self.kinds.append(self._node_kind(index, name))
                     continue
-                if picked is None and operation.obstacle(s.facts[index]):
+                if picked is None and operation.obstacle(self.facts.get(index)):
                     self.rules.append(None)
                     self.letters.append("+")
                     self.kinds.append(self._node_kind(index, name))
                     continue
                 ungated = family == "product" and role.names & {"self gate", "transition"}
                 chosen = picked or (Ungated() if ungated else usual)
-                holds = operation.holds is not None and operation.holds(s.facts[index])
+                holds = operation.holds is not None and operation.holds(self.facts.get(index))
                 if holds and not isinstance(chosen, Gradient):
                     chosen = Hold()
                 if chosen.families and family not in chosen.families:
@@ -278,7 +305,7 @@ class _Planner:
     def _never_negative(self, index: int, operation: Operation | None) -> bool:
         if operation is None:
             return False
-        sign = operation.sign(self.s.facts[index]) if callable(operation.sign) else operation.sign
+        sign = operation.sign(self.facts.get(index)) if callable(operation.sign) else operation.sign
         if sign != "same":
             return sign == "nonnegative"
         operands = self.s.operands[index]
@@ -308,7 +335,7 @@ class _Planner:
             step = self._step(index, absorbed, unknown)
             steps.append(step)
             step.outputs = tuple(sorted(arrivals.get(index, ())))
-            copies = isinstance(step.rule, VJP) and step.operation.copied(self.s.facts[index])
+            copies = isinstance(step.rule, VJP) and step.operation.copied(self.facts.get(index))
             in_relevance = any(Edge(index, output) in relevance for output in step.outputs)
             step.relevance_in = step.rule.consumes == "relevance" or (copies and in_relevance)
             step.emits_relevance = step.rule.emits == "relevance" or (copies and step.relevance_in)
@@ -326,7 +353,7 @@ class _Planner:
                 if step.emits_relevance:
                     relevance.add(edge)
         if unknown:
-            reasons = {n: REGISTRY[n].obstacle(self.s.facts[i]) for i, n in unknown if n in REGISTRY}
+            reasons = {n: REGISTRY[n].obstacle(self.facts.get(i)) for i, n in unknown if n in REGISTRY}
             raise UnknownNodes(unknown, reasons)
         for step in steps:
             step.scaled = tuple(
@@ -338,19 +365,33 @@ class _Planner:
             )
             step.needs = tuple(step.rule.needs(step)) if any(step.wants) else ()
             step.links = tuple(
-                (position, edge)
-                for position, (edge, wanted) in enumerate(zip(step.operands, step.wants, strict=True))
-                if edge is not None and wanted
+                Link(
+                    position,
+                    edge.node,
+                    edge.output,
+                    step.booked[position],
+                    step.observed[position] or not step.booked[position],
+                    self.s.names[edge.node] == LEAF,
+                    step.scaled[position],
+                )
+                for position, edge in enumerate(step.operands)
+                if edge is not None and step.wants[position]
             )
             step.promised = tuple(
                 booked and edge is not None and self.s.names[edge.node] != LEAF and not step.emits_relevance
                 for booked, edge in zip(step.booked, step.operands, strict=True)
             )
             step.plain = type(step.rule) is VJP and not step.settles
-            alone = len(step.operands) == 1 and step.signals == (True,) and step.operation.copies
-            step.moves = step.operands[0] if step.plain and alone else None
+        kept = {edge.node for edge in self.s.kept}
+        for step in steps:
+            step.kept = step.index in kept
+            if step.plain and step.signals == (True,):
+                step.chain, step.target, step.exact = (step.index,), step.operands[0], step.operation.exact
+        visited = len(steps)
+        steps = _chained(steps)
         ends = frozenset(edge for edge in self.sources if not self.reaches[edge.node])
-        return Plan(tuple(steps), tuple(s for s in steps if s.settles), frozenset(relevance), ends, self.consumers)
+        settling = tuple(step for step in steps if step.settles)
+        return Plan(tuple(steps), settling, visited, frozenset(relevance), ends, self.consumers)
 
     def _step(self, index: int, absorbed: dict[int, StepPlan], unknown: list[tuple[int, str]]) -> StepPlan:
         name = self.s.names[index]
@@ -390,7 +431,7 @@ class _Planner:
                 for edge, signal in zip(operands, signals, strict=True)
                 if signal
             ),
-            hidden=travels and operation.hides is not None and operation.hides(self.s.facts[index], present),
+            hidden=travels and operation.hides is not None and operation.hides(self.facts.get(index), present),
             fallback=fallback,
             first=self.first[index],
             last=index in self.outermost,
@@ -415,7 +456,7 @@ class _Planner:
         if affine is None or edge is None or edge in self.sources or not step.signals[0]:
             return None
         operation, rule = REGISTRY.get(self.s.names[edge.node]), self.rules[edge.node]
-        if operation is None or rule is None or not rule.merges_norm or not affine(self.s.facts[step.index]):
+        if operation is None or rule is None or not rule.merges_norm or not affine(self.facts.get(step.index)):
             return None
         if operation.absorbs is None or len(self.consumers[edge]) > 1 or not self._is_linear(edge.node, operation):
             return None
@@ -426,4 +467,25 @@ class _Planner:
         operation = REGISTRY.get(self.s.names[index])
         if operation is None or self.rules[index] != operation.rule:
             return False
-        return operation.gates(self.s.facts[index]) if callable(operation.gates) else operation.gates
+        return operation.gates(self.facts.get(index)) if callable(operation.gates) else operation.gates
+
+
+def _chained(steps: Sequence[StepPlan]) -> list[StepPlan]:
+    """Join steps that follow one another and nothing else, whose shapes need no look in between."""
+    single = {step.index: step for step in steps if step.chain}
+    givers = Counter([link.node for step in steps for link in step.links])
+    chains: dict[int, deque[int]] = {}
+    joined: set[int] = set()
+    for step in reversed(single.values()):  # the end of a chain first
+        assert step.target is not None
+        after = single.get(step.target.node)
+        if after is None or after.kept or not (step.exact and after.exact) or givers[after.index] > 1:
+            chains[step.index] = deque([step.index])
+            continue
+        chains[step.index] = chains[after.index]
+        chains[step.index].appendleft(step.index)
+        step.target = after.target
+        joined.add(after.index)
+    for index in single.keys() - joined:
+        single[index].chain = tuple(chains[index])
+    return [step for step in steps if step.index not in joined]

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from dynlrp.errors import BrokenPromiseError, DynLRPError, FreedGraphError, NonFiniteError, RuleError
-from dynlrp.graph import LEAF, Edge, Graph, Node, saved
+from dynlrp.graph import Edge, Graph, Node, saved
 from dynlrp.ledger import Ledger
-from dynlrp.plan import Kind, Plan, StepPlan
+from dynlrp.plan import Kind, Link, Plan, StepPlan
 from dynlrp.promise import FREED, Promises
 from dynlrp.rules.operation import OUTPUT, Account, Grads, Need, Replay, divide, dot, inner, masked_product, product
+
+SMALL = 8192
+"""Largest multiplier of a leaf that is kept as it is, to be summed to the leaf's shape when somebody asks."""
 
 
 class Expand(Protocol):
@@ -29,22 +32,32 @@ class Expand(Protocol):
 class LiveStep:
     """A :class:`StepPlan` joined with its node: what rules see (:class:`~dynlrp.rules.operation.Step`)."""
 
-    __slots__ = (
-        "_expand", "_ledger", "_promises", "gated", "hidden", "merged", "met", "name", "node", "nonnegative",
-        "operation", "plan", "present", "signals", "wants",
-    )  # fmt: skip
+    __slots__ = ("_walk", "merged", "met", "node", "operation", "plan", "present", "signals", "wants")
 
-    def __init__(self, plan: StepPlan, nodes: list[Node], promises: Promises, ledger: Ledger, expand: Expand) -> None:
+    def __init__(self, plan: StepPlan, walk: Walk) -> None:
         self.plan = plan
-        self._expand = expand
-        self.node = nodes[plan.index]
-        self._promises = promises
-        self._ledger = ledger
-        self.met: set[Need] = set()
-        self.merged = None if plan.merged is None else LiveStep(plan.merged, nodes, promises, ledger, expand)
-        self.name, self.operation = plan.name, plan.operation
+        self.node = walk.graph.nodes[plan.index]
+        self._walk = walk
+        self.operation = plan.operation
         self.wants, self.signals, self.present = plan.wants, plan.signals, plan.present
-        self.nonnegative, self.gated, self.hidden = plan.nonnegative, plan.gated, plan.hidden
+        self.met: set[Need] = set()
+        self.merged = None if plan.merged is None else LiveStep(plan.merged, walk)
+
+    @property
+    def name(self) -> str:
+        return self.plan.name
+
+    @property
+    def nonnegative(self) -> bool:
+        return self.plan.nonnegative
+
+    @property
+    def gated(self) -> bool:
+        return self.plan.gated
+
+    @property
+    def hidden(self) -> bool:
+        return self.plan.hidden
 
     def saved(self, name: str | int) -> Any:
         return saved(self.node, name)
@@ -55,34 +68,34 @@ class LiveStep:
             return own
         edge = self.plan.operands[index]
         assert edge is not None
-        return self._promises.take(edge)
+        return self._walk.promises.take(edge)
 
     def output(self) -> Tensor:
         if self.operation.result and self.merged is None:
             result: Tensor = self.saved(self.operation.result)
             return result.detach()
-        return self._promises.take(*self._head())
+        return self._walk.promises.take(*self._head())
 
     def book(self, account: Account, amount: Tensor) -> None:
         if self.plan.travels:
-            self._ledger.book(account, self.name, self.node._sequence_nr(), amount)
+            self._walk.ledger.book(account, self.name, self.node._sequence_nr(), amount)
 
     def vjp(self, grads: Grads) -> Sequence[Tensor | None]:
         return vjp(self.node, grads)
 
     def expand(self, function: Replay, values: Sequence[Tensor | None], grads: Grads) -> Sequence[Tensor | None]:
-        return self._expand(self, function, values, grads)
+        return self._walk.expand(self, function, values, grads)
 
     def settle(self, need: Need) -> str:
         """Find a keeper for a need; returns why there is none."""
         if need.operand is None:
             own = self.operation.result and self.merged is None
-            problem = "" if own else self._promises.settle(*self._head())
+            problem = "" if own else self._walk.promises.settle(*self._head())
         elif self._own(need.operand) is not None:
             problem = ""
         else:
             edge = self.plan.operands[need.operand]
-            problem = "autograd did not record this constant" if edge is None else self._promises.settle(edge)
+            problem = "autograd did not record this constant" if edge is None else self._walk.promises.settle(edge)
         if not problem:
             self.met.add(need)
         return problem
@@ -154,23 +167,23 @@ class Walk:
             if live.merged is not None:
                 problem = live.merged.settle_bias()
                 if problem:
-                    broken.append(f"{self._place(step)} absorbs a batch norm: {problem}")
+                    broken.append(f"{self._place(step.index)} absorbs a batch norm: {problem}")
             for need in step.needs:
                 problem = live.settle(need)
                 if problem and not need.optional:
                     what = "the output" if need.operand is None else f"operand {need.operand}"
-                    broken.append(f"{type(step.rule).__name__} on {self._place(step)} needs {what}: {problem}")
+                    broken.append(f"{self._rule(step)} needs {what}: {problem}")
             for output in step.converts:
                 problem = self.promises.settle(Edge(step.index, output), step.gated)
                 if problem:
-                    broken.append(f"{type(step.rule).__name__} on {self._place(step)} needs the output: {problem}")
+                    broken.append(f"{self._rule(step)} needs the output: {problem}")
             for position, edge in enumerate(step.operands):
                 if edge is None:
                     continue
                 if step.scaled[position]:
                     problem = self.promises.settle(edge)
                     if problem:
-                        broken.append(f"{self._place(step)} needs operand {position} as relevance: {problem}")
+                        broken.append(f"{self._place(step.index)} needs operand {position} as relevance: {problem}")
                 elif step.promised[position]:
                     if self.promises.settle(edge):
                         self._unresolved(step)
@@ -185,7 +198,7 @@ class Walk:
                     self._unresolved(step)
                     live.met = {need for need in live.met if not need.optional}
             if step.fallback:
-                self.ledger.fallbacks.append((step.name, self._path(step)))
+                self.ledger.fallbacks.append((step.name, self._path(step.index)))
         for edge in edges:
             problem = self.promises.settle(edge)
             if problem:
@@ -200,110 +213,117 @@ class Walk:
 
     def run(self, seed: Tensor, root: Edge, keep: Sequence[Edge]) -> dict[Edge, Tensor]:
         """Send ``seed`` from ``root``; returns what arrived at each edge of ``keep``, in the edge's gauge."""
-        kept = {edge.node for edge in keep}
         arrived: dict[Edge, Tensor] = {}
         slots, nodes, careful = self._slots, self.graph.nodes, self.check
-        self._receive(root, seed, len(nodes[root.node]._input_metadata))
+        self._receive(root.node, root.output, seed, nodes[root.node]._input_metadata)
         for step in self.plan.steps:
-            index = step.index
-            grads = slots.pop(index, None)
+            grads = slots.pop(step.index, None)
+            chain = step.chain
             if grads is not None:
-                if index in kept:
-                    arrived.update((Edge(index, n), g) for n, g in enumerate(grads) if g is not None)
-                if step.moves is None or careful:
-                    self._visit(step, grads)
-                else:
-                    edge = step.moves
-                    value = cast(Tensor, vjp(nodes[index], grads)[0])
-                    metadata = nodes[edge.node]._input_metadata
-                    expected = metadata[edge.output]
-                    if not expected.is_nested_tensor and list(value.shape) != expected.shape:  # masks may broadcast
-                        value = self._reduce(step, 0, value, expected.shape)
-                    self._receive(edge, value, len(metadata))
+                if step.kept:
+                    arrived.update((Edge(step.index, n), g) for n, g in enumerate(grads) if g is not None)
+                index = step.index
+                try:
+                    if not chain:
+                        self._visit(step, grads)
+                    elif not step.exact:
+                        self._hand_on(step, None, step.links[0], vjp(nodes[index], grads)[0])
+                    else:
+                        value = cast(Tensor, grads[0])
+                        for index in chain:
+                            value = nodes[index](value)
+                            if careful:
+                                self._look(step, index, 0, value)
+                        node, output = cast(Edge, step.target)
+                        self._receive(node, output, value, nodes[node]._input_metadata)
+                except (DynLRPError, torch.OutOfMemoryError):
+                    raise
+                except Exception as error:
+                    raise self._explained(error, step, index) from error
             if self.release:
-                self._live.pop(index, None)
-                nodes[index] = None
-        for index in kept & slots.keys():
-            arrived.update((Edge(index, n), g) for n, g in enumerate(slots[index]) if g is not None)
+                self._live.pop(step.index, None)
+                for index in chain or (step.index,):
+                    nodes[index] = None
+        for edge in keep:
+            row = slots.get(edge.node)
+            if row is not None:
+                arrived.update((Edge(edge.node, n), g) for n, g in enumerate(row) if g is not None)
         self.ledger.settle()
         return arrived
 
     def _visit(self, step: StepPlan, grads: list[Tensor | None]) -> None:
-        live = self._live.get(step.index)
         for output in step.converts:
             grads[output] = self._convert(step, output, grads[output])
-        booked = len(self.ledger)
-        try:
-            if live is None and step.plain:
-                results = vjp(self.graph.nodes[step.index], grads)
-            else:
-                live = live or self._step(step)
-                results = step.rule(live, grads)
-        except (DynLRPError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise self._explained(error, step) from error
-        if not isinstance(results, Sequence) or len(results) != len(step.operands):
-            count = f"{len(results)} values" if isinstance(results, Sequence) else type(results).__name__
-            raise RuleError(
-                f"{type(step.rule).__name__} on {self._place(step)} returned {count} for {len(step.operands)} operands"
-            )
-        if live is not None and step.balances:
-            self._balance(step, live, grads, results, booked)
-        for position, edge in step.links:
-            value = results[position]
+        booked = len(self.ledger) if step.balances else 0
+        live = None
+        if step.plain:
+            results = vjp(self.graph.nodes[step.index], grads)
+        else:
+            live = self._live.get(step.index) or LiveStep(step, self)
+            results = step.rule(live, grads)
+            if not isinstance(results, Sequence) or len(results) != len(step.operands):
+                count = f"{len(results)} values" if isinstance(results, Sequence) else type(results).__name__
+                raise RuleError(f"{self._rule(step)} returned {count} for {len(step.operands)} operands")
+            if step.balances:
+                self._balance(step, live, grads, results, booked)
+        for link in step.links:
+            value = results[link.position]
             if value is not None:
-                self._hand_on(step, live, position, edge, value)
+                self._hand_on(step, live, link, value)
 
-    def _hand_on(self, step: StepPlan, live: LiveStep | None, position: int, edge: Edge, value: Tensor) -> None:
+    def _hand_on(self, step: StepPlan, live: LiveStep | None, link: Link, value: Tensor | None) -> None:
         """Bring a result to the operand's shape and dtype, as autograd's engine would, and to its next node."""
+        if value is None:
+            return
         if not isinstance(value, Tensor):
             raise RuleError(
-                f"{type(step.rule).__name__} on {self._place(step)} returned {type(value).__name__} for operand "
-                f"{position}, not a tensor"
+                f"{self._rule(step)} returned {type(value).__name__} for operand {link.position}, not a tensor"
             )
-        metadata = self.graph.nodes[edge.node]._input_metadata
-        expected = metadata[edge.output]
-        dtype = expected.dtype
+        if link.leaf and not link.passes and value.numel() <= SMALL and not step.emits_relevance and not self.check:
+            leaf = self.graph.nodes[link.node].variable
+            if value.shape[value.ndim - leaf.ndim :] == leaf.shape:
+                self._book(step, live, link, value)
+                return
+        metadata = self.graph.nodes[link.node]._input_metadata
+        expected = metadata[link.output]
         if not expected.is_nested_tensor and list(value.shape) != expected.shape:
-            value = self._reduce(step, position, value, expected.shape)
+            value = self._reduce(step, link.position, value, expected.shape)
+        dtype = expected.dtype
         if value.dtype is not dtype:
             value = (value.real if value.is_complex() and not dtype.is_complex else value).to(dtype)
-        if self.check and not bool(torch.isfinite(value).all()):
+        if self.check:
+            self._look(step, step.index, link.position, value)
+        if link.booked:
+            self._book(step, live, link, value)
+        if link.passes:
+            if link.scaled:
+                value = product(value, self.promises.take(Edge(link.node, link.output)))
+            self._receive(link.node, link.output, value, metadata)
+
+    def _look(self, step: StepPlan, index: int, position: int, value: Tensor) -> None:
+        if not bool(torch.isfinite(value).all()):
             raise NonFiniteError(
-                f"relevance is not finite first behind operand {position} of {self._place(step)} "
+                f"relevance is not finite first behind operand {position} of {self._place(index)} "
                 f"(rule {type(step.rule).__name__})"
             )
-        if step.booked[position]:
-            self._book(step, live, position, edge, value)
-            if not step.observed[position]:
-                return
-        if step.scaled[position]:
-            value = product(value, self.promises.take(edge))
-        self._receive(edge, value, len(metadata))
 
-    def _receive(self, edge: Edge, value: Tensor, outputs: int) -> None:
-        index, output = edge
+    def _receive(self, index: int, output: int, value: Tensor, metadata: Sequence[Any]) -> None:
         row = self._slots.get(index)
         if row is None:
-            row = self._slots[index] = [None] * outputs
+            row = self._slots[index] = [None] * len(metadata)
         present = row[output]
         row[output] = value if present is None else present + value
 
-    def _book(self, step: StepPlan, live: LiveStep | None, position: int, edge: Edge, value: Tensor) -> None:
+    def _book(self, step: StepPlan, live: LiveStep | None, link: Link, value: Tensor) -> None:
         """Relevance of a parameter, or of a coefficient, leaves the graph."""
-        account: Account = "parameters" if step.kinds[position] is Kind.PARAMETER else "held back"
+        account: Account = "parameters" if step.kinds[link.position] is Kind.PARAMETER else "held back"
+        sequence = self.graph.nodes[step.index]._sequence_nr()
         if step.emits_relevance:
-            amount = value.sum()
-        elif self.graph.names[edge.node] == LEAF:
-            leaf = self.graph.nodes[edge.node].variable
-            self.ledger.book_later(account, step.name, self.graph.nodes[step.index]._sequence_nr(), value, leaf)
-            return
-        elif live is not None and Need(position) in live.met:
-            amount = dot(value, self.promises.take(edge))
-        else:
-            return
-        self.ledger.book(account, step.name, self.graph.nodes[step.index]._sequence_nr(), amount)
+            self.ledger.book(account, step.name, sequence, value.sum())
+        elif link.leaf:
+            self.ledger.book_later(account, step.name, sequence, value, self.graph.nodes[link.node].variable)
+        elif live is not None and Need(link.position) in live.met:
+            self.ledger.book(account, step.name, sequence, dot(value, self.promises.take(Edge(link.node, link.output))))
 
     def _convert(self, step: StepPlan, output: int, value: Tensor | None) -> Tensor | None:
         """Change the gauge of what arrives at one output."""
@@ -347,32 +367,35 @@ class Walk:
             return value.sum_to_size(shape)
         except RuntimeError as error:
             raise RuleError(
-                f"{type(step.rule).__name__} on {self._place(step)} returned shape {tuple(value.shape)} for operand "
+                f"{self._rule(step)} returned shape {tuple(value.shape)} for operand "
                 f"{position}, which has shape {tuple(shape)}"
             ) from error
 
     def _step(self, step: StepPlan) -> LiveStep:
         live = self._live.get(step.index)
         if live is None:
-            live = self._live[step.index] = LiveStep(step, self.graph.nodes, self.promises, self.ledger, self.expand)
+            live = self._live[step.index] = LiveStep(step, self)
         return live
 
     def _unresolved(self, step: StepPlan) -> None:
-        self.ledger.unresolved.append((step.name, self._path(step)))
+        self.ledger.unresolved.append((step.name, self._path(step.index)))
 
-    def _path(self, step: StepPlan) -> str:
-        return self.expand.path(self.graph.nodes[step.index]._sequence_nr())
+    def _path(self, index: int) -> str:
+        return self.expand.path(self.graph.nodes[index]._sequence_nr())
 
-    def _place(self, step: StepPlan) -> str:
-        return f"{step.name} in {self._path(step) or 'the model'}"
+    def _place(self, index: int) -> str:
+        return f"{self.graph.names[index]} in {self._path(index) or 'the model'}"
 
-    def _explained(self, error: Exception, step: StepPlan) -> DynLRPError:
+    def _rule(self, step: StepPlan) -> str:
+        return f"{type(step.rule).__name__} on {self._place(step.index)}"
+
+    def _explained(self, error: Exception, step: StepPlan, index: int) -> DynLRPError:
         text = str(error)
         if FREED in text or "backward through the graph a second time" in text:
             return FreedGraphError(
-                f"the saved tensors of {self._place(step)} are gone: a backward pass freed this graph. Explain before "
+                f"the saved tensors of {self._place(index)} are gone: a backward pass freed this graph. Explain before "
                 f"backward(), or call backward(retain_graph=True)."
             )
         if "modified by an inplace operation" in text:
-            return BrokenPromiseError(f"a tensor that {self._place(step)} saved was changed in place: {text}")
-        return RuleError(f"{type(step.rule).__name__} failed on {self._place(step)}: {type(error).__name__}: {text}")
+            return BrokenPromiseError(f"a tensor that {self._place(index)} saved was changed in place: {text}")
+        return RuleError(f"{type(step.rule).__name__} failed on {self._place(index)}: {type(error).__name__}: {text}")

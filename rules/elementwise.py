@@ -131,7 +131,7 @@ def _gelu(step: Any, x: Tensor) -> Tensor:
 
 def _gelu_secant(step: Any, x: Tensor) -> Tensor:
     if step.saved("approximate") == "none":
-        return torch.special.ndtr(x)  # type: ignore[no-any-return]
+        return torch.erfc(x * -math.sqrt(0.5)).mul_(0.5)  # of negative x, 1 + erf has no digits left
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
@@ -451,18 +451,21 @@ linear(
     result="result",
     sign="nonnegative",
     gates=True,
+    exact=True,
     replay=lambda step, x: torch.relu(x),
 )
 linear(
     "LeakyReluBackward0",
     "piecewise linear",
     saved={0: "self"},
+    exact=True,
     replay=lambda step, x: F.leaky_relu(x, step.saved("negative_slope")),
 )
 linear(
     "LeakyReluBackward1",
     "piecewise linear",
     result="result",
+    exact=True,
     replay=lambda step, x: F.leaky_relu(x, step.saved("negative_slope")),
 )
 linear("AbsBackward0", "piecewise linear", saved={0: "self"}, sign="nonnegative", replay=lambda step, x: x.abs())

@@ -39,14 +39,22 @@ class Step(Protocol):
     """For each operand: does relevance travel on through it towards the inputs."""
     present: tuple[bool, ...]
     """For each operand: is there an edge at all (False: a constant that autograd did not record)."""
-    nonnegative: bool
-    """The carried operand is known to have no negative entries (after relu, softmax, sigmoid ...)."""
-    gated: bool
-    """Every consumer is a relu, so relevance is zero wherever the output is not positive."""
-    hidden: bool
-    """Autograd did not record a constant that adds to the output."""
-    name: str
-    """The node's name."""
+
+    @property
+    def nonnegative(self) -> bool:
+        """The carried operand is known to have no negative entries (after relu, softmax, sigmoid ...)."""
+
+    @property
+    def gated(self) -> bool:
+        """Every consumer is a relu, so relevance is zero wherever the output is not positive."""
+
+    @property
+    def hidden(self) -> bool:
+        """Autograd did not record a constant that adds to the output."""
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
 
     @property
     def merged(self) -> Step | None:
@@ -114,15 +122,21 @@ class Rule:
 
 
 class StepShape(Protocol):
-    """What is known of a node before any tensor is looked at."""
+    """What is known of a node before any tensor is looked at; see :class:`Step`."""
 
     operation: Operation
     wants: tuple[bool, ...]
     signals: tuple[bool, ...]
     present: tuple[bool, ...]
-    hidden: bool
-    nonnegative: bool
-    gated: bool
+
+    @property
+    def nonnegative(self) -> bool: ...
+
+    @property
+    def gated(self) -> bool: ...
+
+    @property
+    def hidden(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -204,6 +218,8 @@ class Operation:
     copies: bool | Callable[[Any], bool] = False
     """Every output element is one input element (views, slices, concatenation), so both gauges pass by the VJP; or
     ``copies(facts)``, where that depends on the node."""
+    exact: bool = False
+    """One output, and the VJP gives exactly the operand's shape and dtype, with nothing left to reduce or to cast."""
     facts: Callable[[Any], Hashable] | None = None
     """Reads from a node what a plan must know beyond its name; passed to the callables below."""
     sign: Sign | Callable[[Any], Sign] = ""

@@ -38,7 +38,9 @@ def with_copies(*names: str) -> list[str]:
 
 
 def _moves(*names: str, replay: Callable[..., Any] | None = None, **traits: Any) -> None:
-    traits = {"family": "movement", "operands": "+", "copies": True, "sign": "same", "replay": replay, **traits}
+    """Enter movements of one tensor into one; others say ``exact=False``."""
+    usual = {"family": "movement", "operands": "+", "copies": True, "exact": True, "sign": "same", "replay": replay}
+    traits = {**usual, **traits}
     linear_operation(*with_copies(*names), **traits)
 
 
@@ -81,6 +83,7 @@ _moves(
     "torch::autograd::CopyBackwards",  # the second operand is written over the first
     replay=lambda step, old, new: _cast(step, new).expand(step.node._input_metadata[0].shape),
     hides=lambda facts, present: not present[1],
+    exact=False,
 )
 _moves("TBackward0", "TBackward1", replay=lambda step, x: x.t())
 _moves(
@@ -102,13 +105,15 @@ _moves(
     "SplitBackward0",
     "UnsafeSplitBackward0",
     replay=lambda step, x: x.split(step.saved("split_size"), number(step)),
+    exact=False,
 )
 _moves(
     "SplitWithSizesBackward0",
     "UnsafeSplitWithSizesBackward0",
     replay=lambda step, x: x.split_with_sizes(step.saved("split_sizes"), number(step)),
+    exact=False,
 )
-_moves("UnbindBackward0", replay=lambda step, x: x.unbind(number(step)))
+_moves("UnbindBackward0", replay=lambda step, x: x.unbind(number(step)), exact=False)
 _moves(
     "UnfoldBackward0",
     replay=lambda step, x: x.unfold(number(step, "dimension"), step.saved("size"), step.saved("step")),
@@ -197,7 +202,9 @@ linear_operation(
     hides=missing,
     replay=lambda step, *xs: torch.block_diag(*xs),  # type: ignore[no-untyped-call]
 )
-linear_operation(*with_copies("NegBackward0", "NegViewBackward0"), family="movement", replay=lambda step, x: -x)
+linear_operation(
+    *with_copies("NegBackward0", "NegViewBackward0"), family="movement", exact=True, replay=lambda step, x: -x
+)
 
 # What full backward hooks on a module put around it.
 linear_operation("BackwardHookFunctionBackward", family="movement")
@@ -212,7 +219,7 @@ def _pack(step: Any, x: Tensor) -> Tensor:
     return packed
 
 
-_moves("PackPaddedSequenceBackward0", replay=_pack)
+_moves("PackPaddedSequenceBackward0", replay=_pack, exact=False)
 _moves(
     "NestedTensorFromTensorListBackward0",
     "NestedTensorFromMaskBackward0",
@@ -228,8 +235,9 @@ _moves(
     "SelectBackwardAutogradNestedTensor0",
     "UnbindBackwardAutogradNestedTensor0",
     "ChunkBackwardAutogradNestedTensor0",
+    exact=False,
 )
-_moves("ToPaddedTensorBackward0", hides=always, sign="")
+_moves("ToPaddedTensorBackward0", hides=always, sign="", exact=False)
 
 
 @dataclass(frozen=True)
@@ -242,9 +250,9 @@ class Joined(VJP):
         return [torch.cat([torch.zeros_like(x) if g is None else g for x, g in zip(parts, grads, strict=True)], dim)]
 
 
-_moves("SplitWithSizesBackwardAutogradNestedTensor0", rule=Joined())
+_moves("SplitWithSizesBackwardAutogradNestedTensor0", rule=Joined(), exact=False)
 
-_moves("ToMkldnnBackward0", replay=lambda step, x: x.to_mkldnn())
-_moves("MkldnnReshapeBackward0", replay=_like_output)
+_moves("ToMkldnnBackward0", replay=lambda step, x: x.to_mkldnn(), exact=False)
+_moves("MkldnnReshapeBackward0", replay=_like_output, exact=False)
 
 blocked("autograd records chunk as split and has no derivative of this node", "ChunkBackward0")

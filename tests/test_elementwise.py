@@ -452,6 +452,9 @@ def test_piecewise_linear_functions(name: str, seed: int) -> None:
     function = drawn(PIECEWISE[name])
     y = function(leaf)
     assert name in names(y)
+    if REGISTRY[name].exact:
+        assert y.grad_fn is not None
+        assert y.grad_fn(m).shape == x.shape
     explanation = explain(function, x, lambda y: (y * m).sum(), allow_training=True)
     agrees(explanation, m * y.detach(), {"offsets": 0.0, "constants": 0.0})
     if name != "RreluWithNoiseFunctionalBackward0":  # whose derivative in PyTorch is that of another draw

@@ -242,6 +242,30 @@ def test_the_example_is_of_this_operation(name: str, example: Example) -> None:
     is_of(name, example)
 
 
+EXACT = {name: many for name, many in EXAMPLES.items() if name in REGISTRY and REGISTRY[name].exact}
+
+
+def test_exact_operations_have_examples() -> None:
+    exact = {name for name, operation in REGISTRY.items() if operation.exact}
+    elsewhere = {*ELSEWHERE, "ReluBackward0", "LeakyReluBackward0", "LeakyReluBackward1"}  # see test_elementwise
+    assert exact - elsewhere == set(EXACT)
+
+
+@pytest.mark.parametrize(("name", "example"), cases(EXACT))
+def test_what_exact_operations_return_fits_as_it_is(name: str, example: Example) -> None:
+    """One output; where one operand is recorded, its multiplier has the operand's shape and dtype."""
+    y = example.function(inputs(example)[0].requires_grad_(), *inputs(example)[1:])
+    node = y.grad_fn
+    assert node is not None
+    assert len(node._input_metadata) == 1  # type: ignore[attr-defined]
+    if len(node.next_functions) == 1:
+        with torch.no_grad():
+            found = node(torch.ones_like(y))
+        ((below, _),) = node.next_functions
+        (expected,) = below._input_metadata
+        assert (list(found.shape), found.dtype) == (list(expected.shape), expected.dtype)
+
+
 # Replay -----------------------------------------------------------------------------------------------------
 
 REPLAYED = {name: many for name, many in EXAMPLES.items() if name in REGISTRY and REGISTRY[name].replay is not None}
