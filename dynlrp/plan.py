@@ -16,7 +16,20 @@ from dynlrp.errors import InputError, NoPathError
 from dynlrp.graph import LEAF, Edge, Structure
 from dynlrp.roles import NO_ROLE, roles
 from dynlrp.rules import Ungated
-from dynlrp.rules.operation import REGISTRY, VJP, Account, Gradient, Grads, Hold, Need, Operation, Rule, Step, letter
+from dynlrp.rules.operation import (
+    REGISTRY,
+    VJP,
+    Account,
+    Gauge,
+    Gradient,
+    Grads,
+    Hold,
+    Need,
+    Operation,
+    Rule,
+    Step,
+    letter,
+)
 
 
 class Kind(IntEnum):
@@ -30,10 +43,17 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class PassThrough(Rule):
-    """A batch norm that its linear operation absorbed: relevance goes on unchanged."""
+    """A batch norm that its linear operation absorbed: what that operation is to get goes on unchanged."""
 
-    consumes = "relevance"
-    emits = "relevance"
+    gauge: Gauge
+
+    @property
+    def consumes(self) -> Gauge:
+        return self.gauge
+
+    @property
+    def emits(self) -> Gauge:
+        return self.gauge
 
     def __call__(self, step: Step, grads: Grads) -> tuple[Tensor | None, ...]:
         return (grads[0], *[None] * (len(step.wants) - 1))
@@ -443,7 +463,9 @@ class _Planner:
             step.rule, step.aside = VJP(), ASIDE[max(factors)]
         inner = self._absorber(step)
         if inner is not None:
-            step.rule, step.hidden = PassThrough(), False
+            absorbing = self.rules[inner]
+            assert absorbing is not None
+            step.rule, step.hidden = PassThrough(absorbing.consumes), False
             step.booked = step.observed = (False,) * len(operands)
             absorbed[inner] = step
         step.wants = tuple(a or b or c for a, b, c in zip(step.signals, step.booked, step.observed, strict=True))

@@ -79,7 +79,7 @@ class LinearMap(Protocol):
 
 
 class Term(NamedTuple):
-    """``x`` times ``weight`` plus ``bias``; ``mask`` tells which entries of the input the term belongs to."""
+    """``x`` times ``weight`` plus ``bias``; ``mask`` is ``x`` over the layer's input, None where they are the same."""
 
     x: Tensor
     mask: Tensor | None
@@ -88,13 +88,18 @@ class Term(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Terms that share a denominator, with the part of the relevance they distribute."""
+    """Terms that share a denominator, their sum if it is not given, with the part of the relevance they distribute."""
 
     terms: tuple[Term, ...]
     relevance: Tensor
     denominator: Tensor | None = None
-    share: Tensor | None = None
-    """Relevance over the stabilised denominator, where the rule has it already."""
+
+
+class Share(NamedTuple):
+    """Terms with the multiplier of their sum: relevance over the stabilised denominator."""
+
+    terms: tuple[Term, ...]
+    multiplier: Tensor
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,17 @@ class TermRule(Rule):
         """The groups of terms for input, weight, bias and the relevance of the output."""
         raise NotImplementedError
 
+    def shares(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, g: Tensor) -> tuple[list[Share], Tensor]:
+        """All terms with their multipliers, and what the stabiliser absorbs."""
+        found = []
+        passed = torch.zeros((), dtype=torch.float32, device=g.device)
+        for terms, relevance, z in self.groups(step, x, w, b, g):
+            z = sum_terms(step, terms) if z is None else z
+            s = divide(relevance, z.conj(), self.epsilon).to(w.dtype)  # under autocast z may be wider
+            passed = passed + dot(s, z)
+            found.append(Share(terms, s))
+        return found, g.sum() - passed
+
     def needs(self, step: StepShape) -> Sequence[Need]:
         math = step.operation.math
         needs = [Need(math.input(step))]
@@ -126,20 +142,15 @@ class TermRule(Rule):
         return needs
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
-        r, math = grads[0], step.operation.math
+        g, math = grads[0], step.operation.math
         results: list[Tensor | None] = [None] * len(step.wants)
-        if r is None:
+        if g is None:
             return results
         x = step.operand(math.input(step))
         w, b = self._parameters(step)
-        passed = torch.zeros((), dtype=torch.float32, device=r.device)
-        for terms, relevance, z, s in self.groups(step, x, w, b, r):
-            if z is None:
-                z = sum_terms(step, terms)
-            if s is None:
-                s = divide(relevance, z.conj(), self.epsilon)
-            s = s.to(w.dtype)  # under autocast z may be wider
-            passed = passed + dot(s, z)
+        shares, absorbed = self.shares(step, x, w, b, g)
+        step.book("absorbed", absorbed)
+        for terms, s in shares:
             for term in terms:
                 if step.wants[math.input(step)]:
                     share = math.backward(step, s, term.weight)
@@ -158,7 +169,6 @@ class TermRule(Rule):
                         _add(results, math.bias, math.bias_sum(step, term.bias * s))
                     elif step.wants[math.bias]:
                         _add(results, math.bias, math.bias_backward(step, _ratio(term.bias, b) * s))
-        step.book("absorbed", r.sum() - passed)
         return results
 
     def _pass_merged_bias(self, step: Step, results: list[Tensor | None], part: Tensor, b: Tensor, s: Tensor) -> None:
@@ -294,41 +304,55 @@ class Gamma(TermRule):
     """Contributions of the output's own sign count (1 + gamma) times.
 
     Generalised form (Anders et al. 2021, zennit): for z_j > 0, R_i = sum_j (c_ij + gamma c_ij^+) / sum_i(...) R_j with
-    c_ij = x_i w_ij, and the mirror image for z_j < 0. ``signed=False`` is the original form for nonnegative inputs,
+    c_ij = x_i w_ij, and the mirror image for z_j < 0. As c^+ and c^- are (c +- |c|) / 2, both are
+    R_i = sum_j (a c_ij + b |c_ij| sign(z_j)) / (a z_j + b sum_i |c_ij| sign(z_j)) R_j with a = 1 + gamma / 2 and
+    b = gamma / 2. ``signed=False`` is the original form for nonnegative inputs,
     R_i = sum_j x_i (w_ij + gamma w_ij^+) / sum_i(...) R_j (Montavon et al. 2019, section 10.2.3).
     """
 
     gamma: float = 0.25
     signed: bool = True
 
+    @property
+    def consumes(self) -> Gauge:
+        return "multiplier" if self.signed else "relevance"
+
     def needs(self, step: StepShape) -> Sequence[Need]:
-        return [*super().needs(step), *([OUTPUT] if self.signed and not step.gated else [])]
+        return [*super().needs(step), *([OUTPUT] if self.signed else [])]
 
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
-        up, up_bias = self._raised(w, 0.0, None), None if b is None else self._raised(b, 0.0, None)
-        if not self.signed:
-            return [Group((Term(x, None, up, up_bias),), r)]
-        down = None if step.nonnegative and step.gated else self._raised(w, None, 0.0)
-        positive = _signed(step, x, up, up if down is None else down, up_bias)
-        if step.gated:
-            return [Group(positive, r)]
-        assert down is not None
-        down_bias = None if b is None else self._raised(b, None, 0.0)
-        negative = _signed(step, x, down, up, down_bias)
-        z = step.output()
-        up_sum = sum_terms(step, positive)
-        # With the bias both sums together make (2 + gamma) z.
-        double = torch.sub(up_sum, z, alpha=2 + self.gamma).neg_() if self.bias else None
-        down_sum = sum_terms(step, negative) if double is None else double
-        total = torch.where(z > 0, up_sum, down_sum)
-        share = divide(r, total, self.epsilon)
-        return [
-            Group(positive, r, total, torch.where(z > 0, share, 0.0)),
-            Group(negative, r, total, torch.where(z < 0, share, 0.0)),
-        ]
+        return [Group(self._raised(x, w, b), r)]
 
-    def _raised(self, w: Tensor, low: float | None, high: float | None) -> Tensor:
-        return each(w, lambda v: torch.add(v, v.clamp(min=low, max=high), alpha=self.gamma))
+    def shares(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, g: Tensor) -> tuple[list[Share], Tensor]:
+        if not self.signed:
+            return super().shares(step, x, w, b, g)
+        z = step.output()
+        r = g * z
+        if step.nonnegative and step.gated and self.bias:  # all that matters is positive
+            terms = self._raised(x, w, b)
+            q = self._over(r, sum_terms(step, terms).abs_()).to(w.dtype)
+            return [Share(terms, q)], q.sum() * self.epsilon
+        half = self.gamma / 2
+        plain = Term(x, None, w * (1 + half), None if b is None else b * (1 + half))
+        size, mask = (x, None) if step.nonnegative else (x.abs(), x.sign())
+        sizes = Term(size, mask, each(w, torch.abs) * half, None if b is None else b.abs() * half)
+        sign, whole = z.sign(), sum_terms(step, (sizes,))
+        if self.bias:
+            q = self._over(r, whole.add_(z.abs(), alpha=1 + half)).to(w.dtype)
+            return [Share((plain,), q * sign), Share((sizes,), q)], q.sum() * self.epsilon
+        whole = whole.mul_(sign).add_(sum_terms(step, (plain,)))  # which may have another sign than z
+        s = divide(r, whole, self.epsilon).to(w.dtype)
+        return [Share((plain,), s), Share((sizes,), s * sign)], r.sum() - dot(s, whole)
+
+    def _over(self, r: Tensor, size: Tensor) -> Tensor:
+        """Stabilised quotient by what is not negative; takes both tensors."""
+        return r.div_(size.add_(self.epsilon)) if self.epsilon else divide(r, size, 0.0)
+
+    def _raised(self, x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Term, ...]:
+        def raised(v: Tensor) -> Tensor:
+            return torch.add(v, v.clamp(min=0), alpha=self.gamma)
+
+        return (Term(x, None, each(w, raised), None if b is None else raised(b)),)
 
 
 @dataclass(frozen=True)
