@@ -1,16 +1,20 @@
 """What an explanation costs on a CUDA device beside forward + input gradient: time, peak memory, share of kernels.
 
     python -m benchmarks.gpu [--dtypes float32 bfloat16] [--batches 1 8 32] [--lengths 512] [--only NAME ...]
-                             [--json ROWS] [--write ROWS]
+                             [--rival lxt|zennit] [--json ROWS] [--write ROWS]
 
 Medians of interleaved calls that wait for the device at their end. *kernels* is the time that kernels run, by the
 profiler, over the time of the call: what is missing to 1 are gaps, in which the device waits for Python.
+``--rival`` measures another library's explanation instead of ours, with weights frozen as it recommends: zennit 1.0
+(EpsilonPlus, batch norm merged) on convolutional nets, LXT 2.1 (efficient AttnLRP; needs transformers 4.52) on
+transformers, whose classes it changes, so that one process measures one architecture.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import statistics
 import time
@@ -21,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from benchmarks.architectures import Case, _image, resnet50, vgg16
 from benchmarks.cost import gradient, relevance, table
@@ -71,7 +76,7 @@ MODELS: dict[str, Build] = {
         "last_hidden_state",
     ),
 }  # fmt: skip
-COMPOSITES = {"VGG16": ("epsilon", "auto"), "ResNet-50": ("epsilon", "auto")}
+COMPOSITES = {"VGG16": ("epsilon", "epsilon_plus", "auto"), "ResNet-50": ("epsilon", "epsilon_plus", "auto")}
 LONG = ("Llama 3.2 1B", "Qwen3 0.6B")
 """Models that are also measured at the lengths beyond the first."""
 
@@ -123,18 +128,63 @@ def kernels(function: Callable[[], object]) -> float:
     return sum(event.self_device_time_total for event in profile.key_averages()) * 1e-6
 
 
-def measure(name: str, dtype: str, batch: int, length: int, rounds: int, device: str) -> list[dict[str, Any]]:
-    """One row per composite."""
+def lxt(case: Case) -> Callable[[], object]:
+    """The explanation of LXT: input x gradient with its classes in place of the model's."""
+    from lxt.efficient import monkey_patch
+
+    monkey_patch(importlib.import_module(type(case.model).__module__))
+    case.model.requires_grad_(False)
+    assert isinstance(case.inputs, dict)
+    (x,) = case.inputs.values()
+    return lambda: gradient(case) * x
+
+
+def zennit(case: Case) -> Callable[[], object]:
+    """The explanation of zennit by EpsilonPlus."""
+    from zennit.attribution import Gradient
+    from zennit.canonizers import SequentialMergeBatchNorm
+    from zennit.composites import EpsilonPlus
+
+    case.model.requires_grad_(False)
+
+    def explanation() -> object:
+        # As users call it; the rules are registered for this pass and removed again.
+        with Gradient(case.model, EpsilonPlus(canonizers=[SequentialMergeBatchNorm()])) as attributor:
+            assert isinstance(case.inputs, Tensor)
+            return attributor(case.inputs, lambda y: torch.nn.functional.one_hot(y.argmax(1), y.shape[1]).to(y))
+
+    return explanation
+
+
+RIVALS = {
+    "lxt": (lxt, "LXT", ("GPT-2", "BERT-base", "Llama 3.2 1B", "Qwen3 0.6B")),
+    "zennit": (zennit, "zennit EpsilonPlus", ("VGG16", "ResNet-50")),
+}
+
+
+def measure(
+    name: str, dtype: str, batch: int, length: int, rounds: int, device: str, rival: str | None
+) -> list[dict[str, Any]]:
+    """One row per composite, or one for a rival."""
     case = built(MODELS[name], batch, length, getattr(torch, dtype), device)
-    composites = COMPOSITES.get(name, ("attnlrp",))
-    functions: list[Callable[[], object]] = [
-        partial(gradient, case),
-        *(partial(relevance, case, c) for c in composites),
-    ]
     cuda = device == "cuda"
-    seconds = timed(functions, rounds, torch.cuda.synchronize if cuda else lambda: None)
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    functions: list[Callable[[], object]] = [partial(gradient, case)]
+    if rival is None:
+        composites = COMPOSITES.get(name, ("attnlrp",))
+        functions += [partial(relevance, case, c) for c in composites]
+        seconds = timed(functions, rounds, wait)
+    else:  # which may change the model for good, so it comes last
+        prepare, label, _ = RIVALS[rival]
+        composites = (label,)
+        seconds = timed(functions, rounds, wait)
+        baseline = peak(functions[0]) if cuda else 0, kernels(functions[0]) if cuda else 0.0
+        functions.append(prepare(case))
+        seconds += timed(functions[1:], rounds, wait)
     memory = [peak(f) if cuda else 0 for f in functions]
     running = [kernels(f) if cuda else 0.0 for f in functions]
+    if rival is not None:
+        memory[0], running[0] = baseline
     rows = []
     for place, composite in enumerate(composites, 1):
         rows.append(
@@ -157,6 +207,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--lengths", nargs="+", type=int, default=[512])
     parser.add_argument("--only", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--rival", choices=list(RIVALS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, help="write the rows there, one per line")
@@ -169,13 +220,15 @@ def main() -> None:
         return
     torch.manual_seed(0)
     for name in options.only:
+        if options.rival and name not in RIVALS[options.rival][2]:
+            continue
         for dtype in options.dtypes:
             for batch in options.batches:
                 for length in options.lengths:
                     if length != options.lengths[0] and (name not in LONG or batch != options.batches[0]):
                         continue
                     try:
-                        found = measure(name, dtype, batch, length, options.rounds, options.device)
+                        found = measure(name, dtype, batch, length, options.rounds, options.device, options.rival)
                     except torch.OutOfMemoryError:
                         print(name, dtype, batch, length, "out of memory", flush=True)
                         continue
