@@ -65,8 +65,8 @@ class Link(NamedTuple):
     position: int
     node: int
     output: int
-    booked: bool
-    """Its relevance ends here, in the ledger."""
+    account: Account | Literal[""]
+    """Where its relevance is booked, if it ends here."""
     passes: bool
     """It goes on to the node."""
     leaf: bool
@@ -194,6 +194,8 @@ ASIDE: dict[Kind, Account] = {
     Kind.COEFFICIENT: "held back",
 }
 """Where a sum without a signal goes."""
+ENDS: dict[Kind, Account] = {Kind.PARAMETER: "parameters", Kind.COEFFICIENT: "held back"}
+"""Where relevance goes that ends in an operand."""
 _NOTHING = Operation("", "unknown")
 
 
@@ -389,7 +391,7 @@ class _Planner:
                     position,
                     edge.node,
                     edge.output,
-                    step.booked[position],
+                    ENDS[step.kinds[position]] if step.booked[position] else "",
                     step.observed[position] or not step.booked[position],
                     self.s.names[edge.node] == LEAF,
                     step.scaled[position],

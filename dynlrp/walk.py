@@ -11,7 +11,7 @@ from torch import Tensor
 from dynlrp.errors import BrokenPromiseError, DynLRPError, FreedGraphError, NonFiniteError, RuleError
 from dynlrp.graph import Edge, Graph, Node, saved
 from dynlrp.ledger import Ledger
-from dynlrp.plan import Kind, Link, Plan, StepPlan
+from dynlrp.plan import Link, Plan, StepPlan
 from dynlrp.promise import FREED, Promises
 from dynlrp.rules.operation import OUTPUT, Account, Grads, Need, Replay, divide, dot, inner, masked_product, product
 
@@ -279,11 +279,9 @@ class Walk:
             raise RuleError(
                 f"{self._rule(step)} returned {type(value).__name__} for operand {link.position}, not a tensor"
             )
-        if link.leaf and not link.passes and value.numel() <= SMALL and not step.emits_relevance and not self.check:
-            leaf = self.graph.nodes[link.node].variable
-            if value.shape[value.ndim - leaf.ndim :] == leaf.shape:
-                self._book(step, live, link, value)
-                return
+        ends = link.leaf and not link.passes and not step.emits_relevance and not self.check
+        if ends and self._book_unsummed(step, link, value):
+            return
         metadata = self.graph.nodes[link.node]._input_metadata
         expected = metadata[link.output]
         if not expected.is_nested_tensor and list(value.shape) != expected.shape:
@@ -293,12 +291,28 @@ class Walk:
             value = (value.real if value.is_complex() and not dtype.is_complex else value).to(dtype)
         if self.check:
             self._look(step, step.index, link.position, value)
-        if link.booked:
-            self._book(step, live, link, value)
+        if link.account:
+            self._book(step, live, link, value, link.account)
         if link.passes:
             if link.scaled:
                 value = product(value, self.promises.take(Edge(link.node, link.output)))
             self._receive(link.node, link.output, value, metadata)
+
+    def _book_unsummed(self, step: StepPlan, link: Link, value: Tensor) -> bool:
+        """Book a leaf by a multiplier that is not yet summed to its shape, where that is less work."""
+        leaf: Tensor = self.graph.nodes[link.node].variable
+        if not link.account or value.ndim <= leaf.ndim or value.shape[value.ndim - leaf.ndim :] != leaf.shape:
+            return False
+        if value.numel() <= SMALL:
+            self.ledger.book_later(link.account, step.name, self._sequence(step), value, leaf)
+            return True
+        if leaf.ndim != 1 or value.dtype is not leaf.dtype or value.is_complex():
+            return False
+        masked = torch.nan_to_num(leaf.detach(), nan=torch.nan, posinf=torch.inf, neginf=0.0)  # -inf may be a mask
+        amount = torch.mv(value.flatten(0, -2), masked)
+        amount = amount.sum(dtype=torch.promote_types(amount.dtype, torch.float32))
+        self.ledger.book(link.account, step.name, self._sequence(step), amount)
+        return True
 
     def _look(self, step: StepPlan, index: int, position: int, value: Tensor) -> None:
         if not bool(torch.isfinite(value).all()):
@@ -314,16 +328,19 @@ class Walk:
         present = row[output]
         row[output] = value if present is None else present + value
 
-    def _book(self, step: StepPlan, live: LiveStep | None, link: Link, value: Tensor) -> None:
+    def _book(self, step: StepPlan, live: LiveStep | None, link: Link, value: Tensor, account: Account) -> None:
         """Relevance of a parameter, or of a coefficient, leaves the graph."""
-        account: Account = "parameters" if step.kinds[link.position] is Kind.PARAMETER else "held back"
-        sequence = self.graph.nodes[step.index]._sequence_nr()
         if step.emits_relevance:
-            self.ledger.book(account, step.name, sequence, value.sum())
+            amount = value.sum()
         elif link.leaf:
-            self.ledger.book_later(account, step.name, sequence, value, self.graph.nodes[link.node].variable)
+            leaf = self.graph.nodes[link.node].variable
+            self.ledger.book_later(account, step.name, self._sequence(step), value, leaf)
+            return
         elif live is not None and Need(link.position) in live.met:
-            self.ledger.book(account, step.name, sequence, dot(value, self.promises.take(Edge(link.node, link.output))))
+            amount = dot(value, self.promises.take(Edge(link.node, link.output)))
+        else:
+            return
+        self.ledger.book(account, step.name, self._sequence(step), amount)
 
     def _convert(self, step: StepPlan, output: int, value: Tensor | None) -> Tensor | None:
         """Change the gauge of what arrives at one output."""
@@ -337,7 +354,7 @@ class Walk:
         multiplier = divide(value, activation.conj(), 0.0)
         if step.travels:
             lost = value.sum() - dot(multiplier, activation)
-            self.ledger.book("absorbed", step.name, self.graph.nodes[step.index]._sequence_nr(), lost)
+            self.ledger.book("absorbed", step.name, self._sequence(step), lost)
         return multiplier
 
     def _balance(
@@ -385,6 +402,10 @@ class Walk:
 
     def _place(self, index: int) -> str:
         return f"{self.graph.names[index]} in {self._path(index) or 'the model'}"
+
+    def _sequence(self, step: StepPlan) -> int:
+        number: int = self.graph.nodes[step.index]._sequence_nr()
+        return number
 
     def _rule(self, step: StepPlan) -> str:
         return f"{type(step.rule).__name__} on {self._place(step.index)}"

@@ -52,10 +52,10 @@ class Attention(Rule):
         ]
         results: list[Tensor | None] = [None] * len(step.wants)
         own = step.vjp(grads)
+        self._book(step, output, own, scores)
         for position, (m, share) in enumerate(zip(own, shares, strict=False)):
             if m is not None and step.wants[position] and share:
-                results[position] = m * share
-        self._book(step, output, own, scores)
+                results[position] = m.mul_(share)
         return results
 
     def _book(self, step: Step, output: Tensor, own: Sequence[Tensor | None], scores: float) -> None:

