@@ -5,9 +5,10 @@
 
 Medians of interleaved calls that wait for the device at their end. *kernels* is the time that kernels run, by the
 profiler, over the time of the call: what is missing to 1 are gaps, in which the device waits for Python.
-``--rival`` measures another library's explanation instead of ours, with weights frozen as it recommends: zennit 1.0
-(EpsilonPlus, batch norm merged) on convolutional nets, LXT 2.1 (efficient AttnLRP; needs transformers 4.52) on
-transformers, whose classes it changes, so that one process measures one architecture.
+``--rival`` measures another library's explanation instead of ours: zennit 1.0 (EpsilonPlus, batch norm not merged, as
+its way to merge it sets an epsilon that PyTorch refuses) on convolutional nets, LXT 2.1 (efficient AttnLRP; needs
+transformers 4.52) on transformers. LXT changes the classes of a model for good, so what stands beside it is the
+gradient of the changed model.
 """
 
 from __future__ import annotations
@@ -133,7 +134,6 @@ def lxt(case: Case) -> Callable[[], object]:
     from lxt.efficient import monkey_patch
 
     monkey_patch(importlib.import_module(type(case.model).__module__))
-    case.model.requires_grad_(False)
     assert isinstance(case.inputs, dict)
     (x,) = case.inputs.values()
     return lambda: gradient(case) * x
@@ -142,14 +142,11 @@ def lxt(case: Case) -> Callable[[], object]:
 def zennit(case: Case) -> Callable[[], object]:
     """The explanation of zennit by EpsilonPlus."""
     from zennit.attribution import Gradient
-    from zennit.canonizers import SequentialMergeBatchNorm
     from zennit.composites import EpsilonPlus
-
-    case.model.requires_grad_(False)
 
     def explanation() -> object:
         # As users call it; the rules are registered for this pass and removed again.
-        with Gradient(case.model, EpsilonPlus(canonizers=[SequentialMergeBatchNorm()])) as attributor:
+        with Gradient(case.model, EpsilonPlus()) as attributor:
             assert isinstance(case.inputs, Tensor)
             return attributor(case.inputs, lambda y: torch.nn.functional.one_hot(y.argmax(1), y.shape[1]).to(y))
 
@@ -168,23 +165,12 @@ def measure(
     """One row per composite, or one for a rival."""
     case = built(MODELS[name], batch, length, getattr(torch, dtype), device)
     cuda = device == "cuda"
-    wait = torch.cuda.synchronize if cuda else lambda: None
+    composites = COMPOSITES.get(name, ("attnlrp",)) if rival is None else (RIVALS[rival][1],)
     functions: list[Callable[[], object]] = [partial(gradient, case)]
-    if rival is None:
-        composites = COMPOSITES.get(name, ("attnlrp",))
-        functions += [partial(relevance, case, c) for c in composites]
-        seconds = timed(functions, rounds, wait)
-    else:  # which may change the model for good, so it comes last
-        prepare, label, _ = RIVALS[rival]
-        composites = (label,)
-        seconds = timed(functions, rounds, wait)
-        baseline = peak(functions[0]) if cuda else 0, kernels(functions[0]) if cuda else 0.0
-        functions.append(prepare(case))
-        seconds += timed(functions[1:], rounds, wait)
+    functions += [partial(relevance, case, c) for c in composites] if rival is None else [RIVALS[rival][0](case)]
+    seconds = timed(functions, rounds, torch.cuda.synchronize if cuda else lambda: None)
     memory = [peak(f) if cuda else 0 for f in functions]
     running = [kernels(f) if cuda else 0.0 for f in functions]
-    if rival is not None:
-        memory[0], running[0] = baseline
     rows = []
     for place, composite in enumerate(composites, 1):
         rows.append(
