@@ -69,7 +69,7 @@ class Ledger:
         for entries in groups.values():
             values = [entry[4].detach() for entry in entries]
             copies = torch.cat([x if x.ndim == 1 else x.reshape(-1) for x in values])
-            self._kept.append(([entry[3] for entry in entries], [x.shape for x in values], copies))
+            self._kept.append(([_alone(entry[3]) for entry in entries], [x.shape for x in values], copies))
             self._leaves += [entry[:3] for entry in entries]
 
     def _multiply(self) -> None:
@@ -170,3 +170,9 @@ class Ledger:
         lines += [f"constants not kept: {name} in {path or 'the model'}" for name, path in self.unresolved]
         lines += [f"explained by gradient: {name} in {path or 'the model'}" for name, path in self.fallbacks]
         return "\n".join(lines)
+
+
+def _alone(x: Tensor) -> Tensor:
+    """A tensor that keeps no more memory than its own."""
+    plain = x.layout is torch.strided and not x.is_nested
+    return x.clone() if plain and x.untyped_storage().nbytes() > 2 * x.numel() * x.element_size() else x

@@ -284,3 +284,13 @@ def test_masks_of_infinity_may_be_parameters(learned: bool) -> None:
     explanation = explain(Masked(), draw(3, 2, 3, 4), lambda y: y.sum((1, 2)), composite="attnlrp")
     assert explanation.ledger.closes
     assert bool(torch.isfinite(explanation.relevance).all())
+
+
+def test_a_small_leaf_keeps_no_large_tensor() -> None:
+    """The multiplier of a class token is a slice of that of all tokens, which is not kept until somebody reads."""
+    token, x = nn.Parameter(draw(0, 1, 1, 4)), draw(1, 1, 5000, 4)
+    ledger = explain(lambda x: torch.cat([token, x], 1).square().sum((1, 2), keepdim=True), x).ledger
+    kept = [m for multipliers, *_ in ledger._kept for m in multipliers]
+    assert [m.shape for m in kept] == [token.shape]
+    assert kept[0].untyped_storage().nbytes() <= 2 * token.numel() * 8
+    assert ledger.closes
