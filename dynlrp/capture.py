@@ -6,11 +6,12 @@ import operator
 import random
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dynlrp.composite import Composite, When, innermost
 from dynlrp.errors import CompiledModuleError, InputError, TrainingModeError
 
 Buffer = tuple[nn.Module, str, Tensor]
@@ -34,15 +36,73 @@ SMALL = 65536
 _sequence: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors that went into or came out of a module, in order: node and number of each (None where it has no
+    graph), value and the version of that value."""
+
+    edges: tuple[tuple[Any, int] | None, ...]
+    values: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tree: Any) -> Tensors:
+        """Of all tensors in nested containers."""
+        tensors = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+        return cls(
+            tuple(get_gradient_edge(tensor)[:2] if tensor.requires_grad else None for tensor in tensors),
+            tuple(tensor.detach() for tensor in tensors),
+            tuple(tensor._version for tensor in tensors),
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module that is explained as one step, with the sequence numbers of what it recorded."""
+
+    module: nn.Module
+    modules: tuple[str, ...]
+    """Paths of the modules that were running, the called one last."""
+    start: int
+    stop: int
+    inputs: Tensors
+    outputs: Tensors
+
+
+class Frame(NamedTuple):
+    """A running module, and the one that called it."""
+
+    module: nn.Module
+    caller: Frame | None
+
+
+class _Open(NamedTuple):
+    """A call on its way: see :class:`Call`."""
+
+    frame: Frame | None
+    modules: tuple[str, ...]
+    start: int
+    inputs: Tensors
+
+
 class Recording:
     """What one forward pass left behind."""
 
-    def __init__(self, model: Any, layers: Sequence[str]) -> None:
+    def __init__(self, model: Any, layers: Sequence[str], composite: Composite) -> None:
         self._model = model
-        self._events: list[tuple[int, Any]] = []
-        """Sequence number at every entry (module) and exit (None) of a module."""
+        self._composite = composite
+        self._running: Frame | None = None
+        self._events: list[tuple[int, Frame | None]] = []
+        """Sequence number and what ran from there on, at every entry and exit of a module."""
         self._wanted = self._select(layers)
         self._names: dict[int, str] | None = None
+        self._open: _Open | None = None
+        """The module that runs as one step."""
+        self._depth = 0
+        """Modules that run inside it."""
+        self._calls: list[Call] = []
+        self.matched: set[When] = set()
+        """Entries of the composite for whole modules that met one."""
         self.outputs: dict[str, list[tuple[Any, int, Tensor, int]]] = {}
         """Per requested layer and call: node and number of the output, its value, and the version of that value."""
 
@@ -53,38 +113,92 @@ class Recording:
             self._names = {id(module): name for name, module in modules}
         return self._names
 
-    def path(self, sequence: int) -> str:
-        """Path of the innermost module that was running when the operation with this number was recorded."""
+    def modules(self, sequence: int) -> tuple[str, ...]:
+        """Paths of the modules that were running when the operation with this number was recorded, innermost last."""
         position = bisect_right(self._events, sequence, key=lambda event: event[0])
-        depth = 0
-        for _, module in reversed(self._events[:position]):
-            if module is None:
-                depth += 1
-            elif depth:
-                depth -= 1
-            else:
-                return self.names().get(id(module), type(module).__name__)
-        return ""
+        return self._paths(self._events[position - 1][1]) if position else ()
+
+    def path(self, sequence: int) -> str:
+        """Path of the innermost of them."""
+        return innermost(self.modules(sequence))
+
+    def take_calls(self) -> list[Call]:
+        """Calls of modules that are one step each; given away, as they hold the graph."""
+        calls, self._calls = self._calls, []
+        return calls
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Follow the modules that this thread runs."""
         thread, events, wanted = threading.get_ident(), self._events, self._wanted
+        buried: list[tuple[str, str]] = []
 
         def enter(module: nn.Module, _: Any) -> None:
-            if threading.get_ident() == thread:
-                events.append((_sequence(), module))
+            if threading.get_ident() != thread:
+                return
+            if self._open is not None:
+                self._depth += 1
+                return
+            self._running = Frame(module, self._running)
+            events.append((_sequence(), self._running))
 
         def leave(module: nn.Module, _: Any, output: Any) -> None:
-            if threading.get_ident() == thread:
-                events.append((_sequence(), None))
-                for name in wanted.get(id(module), ()):
-                    self._keep(name, output)
+            if threading.get_ident() != thread:
+                return
+            if self._open is not None and self._depth:
+                self._depth -= 1
+                buried.extend((name, self._open.modules[-1]) for name in wanted.get(id(module), ()))
+                return
+            self._running = None if self._running is None else self._running.caller
+            events.append((_sequence(), self._running))
+            for name in wanted.get(id(module), ()):
+                self._keep(name, output)
 
         with ExitStack() as stack:
             stack.callback(hooks.register_module_forward_pre_hook(enter).remove)
-            stack.callback(hooks.register_module_forward_hook(leave).remove)
+            stack.callback(hooks.register_module_forward_hook(leave, always_call=True).remove)
+            if self._composite.modules:
+                self._watch_steps(stack, thread)
             yield
+        for layer, path in buried:
+            raise InputError(
+                f"layer {layer!r} runs inside {path!r}, which the composite explains as one step: ask for the "
+                f"relevance of that one"
+            )
+
+    def _watch_steps(self, stack: ExitStack, thread: int) -> None:
+        """Follow the modules that entries of the composite may take as one step, behind all other hooks."""
+        if not isinstance(self._model, nn.Module):
+            raise InputError(f"composite {self._composite.name!r} selects modules, which needs an nn.Module")
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if threading.get_ident() != thread or self._open is not None:
+                return
+            paths = self._paths(self._running)
+            _, rule = self._composite.scope(paths, self.matched)
+            if rule is not None:
+                inputs = Tensors.of((args, kwargs))  # which may record views anew, outside of the step
+                self._open = _Open(self._running, paths, _sequence(), inputs)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            opened = self._open
+            if threading.get_ident() != thread or opened is None or self._running is opened.frame:
+                return
+            self._open = None
+            outputs = Tensors.of(output)
+            self._calls.append(Call(module, opened.modules, opened.start, _sequence(), opened.inputs, outputs))
+
+        for module, name in [(module, name) for name, module in self._model.named_modules()]:
+            if any(when.module is not None and fnmatchcase(name, when.module) for when in self._composite.modules):
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+
+    def _paths(self, frame: Frame | None) -> tuple[str, ...]:
+        names, paths = self.names(), []
+        while frame is not None:
+            paths.append(names.get(id(frame.module), type(frame.module).__name__))
+            frame = frame.caller
+        return tuple(reversed(paths))
 
     def requested(self) -> list[str]:
         """Names of the requested modules, whether they ran or not."""
@@ -196,7 +310,7 @@ class Recorder(TorchFunctionMode):
             if key not in self._kept and self._inner.find(*key) is None:
                 self._kept[key] = tensor.detach().clone()
 
-    def values(self, nodes: Sequence[Any]) -> Iterator[tuple[Any, int, Tensor]]:
+    def values(self, nodes: Iterable[Any]) -> Iterator[tuple[Any, int, Tensor]]:
         """Node, output number and value, in the order of the nodes."""
         for node in nodes:
             for number in range(len(node._input_metadata)):

@@ -1,4 +1,4 @@
-"""Every node type that autograd can record, and what becomes of relevance there.
+"""Every node type that autograd can record or that stands for several, and what becomes of relevance there.
 
 ``catalogue.csv`` joins what PyTorch says of an operation (its schema, its operands, what it saves) with the registry
 of rules. ``python -m dynlrp.catalogue --write`` makes it anew, from the derivative table inside PyTorch's wheel.
@@ -31,7 +31,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "attention": ("attention", "log softmax", "softmax"),
     "recurrent": ("recurrent",),
     "routing": ("choice", "embedding", "indexing", "movement"),
-    "composite": ("composite",),
+    "composite": ("composite", "submodule"),
     "coefficient": ("coefficient",),
     "blocked": ("blocked",),
     "leaf": (),

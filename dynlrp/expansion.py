@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from dynlrp.capture import Recorder
-from dynlrp.composite import Composite
+from dynlrp.composite import Composite, innermost
 from dynlrp.errors import NoPathError, UnknownOperationError
 from dynlrp.graph import Edge, Graph
 from dynlrp.ledger import Ledger
@@ -23,21 +23,27 @@ from dynlrp.walk import LiveStep, Walk
 class Expander:
     """Walks through re-runs of operations under one composite, booking into one ledger."""
 
-    def __init__(self, composite: Composite, on_unknown: str, ledger: Ledger, path: Callable[[int], str]) -> None:
+    def __init__(
+        self, composite: Composite, on_unknown: str, ledger: Ledger, modules: Callable[[int], tuple[str, ...]]
+    ) -> None:
         self.composite = composite
         self.on_unknown = on_unknown
         self.ledger = ledger
-        self._path = path
+        self._modules = modules
         self._starts: list[int] = []
         """First sequence number of every re-run; they grow, as the numbers do."""
         self._stands_for: list[int] = []
         """Sequence number of the operation that was re-run."""
 
-    def path(self, sequence: int) -> str:
-        """Module path of an operation, or of the one that it is a part of."""
+    def modules(self, sequence: int) -> tuple[str, ...]:
+        """Paths of the modules that an operation ran in, or the one that it is a part of, innermost last."""
         while self._starts and sequence >= self._starts[0]:
             sequence = self._stands_for[bisect_right(self._starts, sequence) - 1]
-        return self._path(sequence)
+        return self._modules(sequence)
+
+    def path(self, sequence: int) -> str:
+        """Path of the innermost of them."""
+        return innermost(self.modules(sequence))
 
     def __call__(
         self, step: LiveStep, function: Replay, values: Sequence[Tensor | None], grads: Grads
@@ -77,6 +83,7 @@ class Expander:
                 for place, edge in present
                 if step.plan.kinds[place] >= Kind.COEFFICIENT and not signals[place]
             ),
+            modules=(self.modules(step.node._sequence_nr()),) * len(graph.nodes) if self.composite.by_path else None,
             first=step.plan.first,
             last=step.plan.last,
         )
@@ -94,7 +101,7 @@ class Expander:
             if (edge := graph.edge(made_by, output)) is not None
         }
         # What leads to observed weights alone is in no account.
-        expander = self if step.plan.travels else Expander(self.composite, self.on_unknown, Ledger(), self.path)
+        expander = self if step.plan.travels else Expander(self.composite, self.on_unknown, Ledger(), self.modules)
         walk = Walk(plan, graph, Promises(graph, plan.consumers, captured), expander.ledger, expander)
         walk.settle([])
         wanted = [(place, edge) for place, edge in present if step.wants[place]]

@@ -14,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from dynlrp.capture import Aliases, Recorder, Recording, frozen_parameters, same_state, survey
-from dynlrp.composite import Composite, composite_named
+from dynlrp.composite import Composite, composite_named, innermost
 from dynlrp.errors import (
     BrokenPromiseError,
     FreedGraphError,
@@ -26,11 +26,12 @@ from dynlrp.errors import (
 )
 from dynlrp.expansion import Expander
 from dynlrp.explanation import Explanation
-from dynlrp.graph import Edge, Graph, Node, Structure
+from dynlrp.graph import Edge, Graph, Node, Structure, saved
 from dynlrp.ledger import Ledger
 from dynlrp.plan import Plan, UnknownNodes, make_plan
 from dynlrp.promise import FREED, Operands, Promises
 from dynlrp.rules.operation import REGISTRY, product
+from dynlrp.submodule import Gathered
 from dynlrp.target import Seed, Target, find_output, make_seed
 from dynlrp.walk import Walk
 
@@ -172,20 +173,28 @@ def _names(names: Names) -> tuple[str, ...]:
 class _Run:
     """A graph with what is wanted of it."""
 
-    def __init__(self, seed: Seed, composite: Composite, on_unknown: OnUnknown, release: bool) -> None:
+    def __init__(
+        self,
+        seed: Seed,
+        composite: Composite,
+        on_unknown: OnUnknown,
+        release: bool,
+        recording: Recording | None = None,
+    ) -> None:
         node, number = get_gradient_edge(seed.root)[:2]
-        self.graph = Graph(node)
+        calls = recording.take_calls() if recording is not None else []
+        self.graph = Gathered(node, calls) if calls else Graph(node)
         root = self.graph.edge(node, number)
         assert root is not None
         self.root, self.start, self.value, self.seeded = root, seed.start, seed.value, seed.relevance
         self.composite, self.on_unknown, self.release = composite, on_unknown, release
-        self.recording: Recording | None = None
+        self.recording = recording
         self.wanted: list[tuple[Edge | None, Rows | None]] = []
         """One entry per source: its edge, and how ids read their embedding's relevance."""
         self.groups: list[list[int]] = []
         """Positions in ``wanted`` per result."""
         self.shapes: list[torch.Size] = []
-        self.captured: dict[Edge, tuple[Tensor, int]] = {}
+        self.captured: dict[Edge, tuple[Tensor, int]] = self.graph.values()
         self.recorded: list[tuple[Node, int, Tensor]] = []
         self.taps: dict[str, list[Edge | None]] = {}
         self.leaves: dict[str, Edge | None] = {}
@@ -213,7 +222,7 @@ class _Run:
         memory = {ids.untyped_storage().data_ptr(): number for number, ids in enumerate(inputs)}
         for index in self.graph.skeleton.lookups:
             operation = REGISTRY[self.graph.names[index]]
-            indices = getattr(self.graph.nodes[index], "_saved_" + operation.lookup)
+            indices = saved(self.graph.nodes[index], operation.lookup)
             number = memory.get(indices.untyped_storage().data_ptr())
             if number is None:
                 copied.append((index, indices))
@@ -222,6 +231,15 @@ class _Run:
                 places = places.as_strided(indices.shape, indices.stride(), indices.storage_offset())
                 groups[number].append(self._want_edge(index, places))
         taken = [bool(group) for group in groups]
+        for step in self.graph.steps:
+            for node in step.nodes:
+                entry = REGISTRY.get(node.name())
+                indices = saved(node, entry.lookup) if entry is not None and entry.lookup else None
+                if indices is not None and any(_reads(indices, ids) for ids in inputs):
+                    raise InputError(
+                        f"the embedding of integer inputs lies inside of {step.path!r}, which the composite explains "
+                        f"as one step: select modules behind it"
+                    )
         for index, indices in copied:
             for number, ids in enumerate(inputs):
                 found = None if taken[number] else _places(indices, ids)
@@ -250,18 +268,23 @@ class _Run:
 
     def keep(self, recorder: Recorder) -> None:
         """Values of tensors, for promises."""
-        self.recorded = list(recorder.values(self.graph.nodes))
+        self.recorded = list(recorder.values(self.graph.recorded()))
         for node, number, value in self.recorded:
             edge = self.graph.edge(node, number)
-            assert edge is not None
-            self.captured[edge] = (value, value._version)
+            if edge is not None:
+                self.captured[edge] = (value, value._version)
 
     def observe(self, name: str, parameter: Tensor) -> None:
-        self.leaves[name] = self._edge(parameter) if parameter.requires_grad else None
-
-    def _edge(self, tensor: Tensor) -> Edge | None:
-        node, number = get_gradient_edge(tensor)[:2]
-        return self.graph.edge(node, number)
+        """Ask for the relevance of a parameter."""
+        self.leaves[name] = None
+        if parameter.requires_grad:
+            node, number = get_gradient_edge(parameter)[:2]
+            for step in self.graph.steps:
+                if node in step.leaves:
+                    raise InputError(
+                        f"parameter {name!r} is used inside of {step.path!r}, which the composite explains as one step"
+                    )
+            self.leaves[name] = self.graph.edge(node, number)
 
     def explain(self, check: bool) -> Explanation:
         """One pass."""
@@ -285,17 +308,6 @@ class _Run:
                 "the output does not depend on any of the inputs through differentiable operations: integer inputs "
                 "count where they index an embedding, and torch.no_grad, detach and numpy cut the graph"
             )
-        path: Callable[[int], str] = self.recording.path if self.recording is not None else lambda sequence: ""
-        paths = None
-        if self.composite.by_path:
-            paths = tuple(path(node._sequence_nr()) for node in self.graph.nodes)
-            lost = [
-                when.path for when, _ in self.composite.entries if when.path and not fnmatch.filter(paths, when.path)
-            ]
-            if lost:
-                raise InputError(
-                    f"composite {self.composite.name!r} selects by path {lost[0]!r}, where no operation runs"
-                )
         tapped = [edge for edges in self.taps.values() for edge in edges if edge is not None]
         leaves = [edge for edge in self.leaves.values() if edge is not None]
         keep = tuple(dict.fromkeys([*sources, *tapped, *leaves]))
@@ -305,13 +317,13 @@ class _Run:
             kept=keep,
             seeded=self.seeded,
             observed=tuple([edge.node for edge in leaves]),
-            paths=paths,
+            modules=self._modules() if self.composite.by_path else None,
         )
-        plan = self._plan(structure, path)
+        plan = self._plan(structure)
         ledger = Ledger()
         ledger._output = self.value.sum()
         promises = Promises(self.graph, plan.consumers, self.captured)
-        expand = Expander(self.composite, self.on_unknown, ledger, path)
+        expand = Expander(self.composite, self.on_unknown, ledger, self._running)
         ledger._path = expand.path
         walk = Walk(plan, self.graph, promises, ledger, expand, check=check, release=self.release)
         tables = [rows.table for _, rows in self.wanted if rows is not None and rows.table is not None]
@@ -356,14 +368,38 @@ class _Run:
             composite=self.composite.name,
         )
 
-    def _plan(self, structure: Structure, path: Callable[[int], str]) -> Plan:
+    def _running(self, sequence: int) -> tuple[str, ...]:
+        """Paths of the modules that an operation ran in, innermost last."""
+        return self.recording.modules(sequence) if self.recording is not None else ()
+
+    def _modules(self) -> tuple[tuple[str, ...], ...]:
+        """The same of every node, for a composite that selects by them."""
+        found = tuple([self._running(node._sequence_nr()) for node in self.graph.nodes])
+        paths = {innermost(modules) for modules in found}
+        matched = self.recording.matched if self.recording is not None else ()
+        for when in self.composite.conditions:
+            if when.path is not None and not fnmatch.filter(paths, when.path):
+                raise InputError(
+                    f"composite {self.composite.name!r} selects by path {when.path!r}, where no operation runs"
+                )
+            if when.module is not None and when not in matched:
+                raise InputError(
+                    f"composite {self.composite.name!r} selects the module {when.module!r}: "
+                    + (
+                        "no module of that name ran, or only inside of one that is a step or has a composite already"
+                        if self.recording is not None
+                        else "a graph alone does not tell which modules it is from, use explain()"
+                    )
+                )
+        return found
+
+    def _plan(self, structure: Structure) -> Plan:
         try:
             return make_plan(structure, self.composite, self.on_unknown, REGISTRY.version)
         except UnknownNodes as error:
-            raise UnknownOperationError(
-                [(name, path(self.graph.nodes[index]._sequence_nr())) for index, name in error.nodes],
-                error.reasons,
-            ) from None
+            numbers = [(name, self.graph.nodes[index]._sequence_nr()) for index, name in error.nodes]
+            places = [(name, innermost(self._running(number))) for name, number in numbers]
+            raise UnknownOperationError(places, error.reasons) from None
 
 
 def _single(values: list[Tensor | None]) -> Any:
@@ -384,6 +420,12 @@ class Rows:
         rows = relevance.sum(-1) if self.split is None else self.split(Operands(self.node), relevance, table)
         flat = torch.zeros(shape.numel() + 1, dtype=rows.dtype, device=rows.device)
         return flat.index_add_(0, self.places.reshape(-1), rows.reshape(-1))[:-1].reshape(shape)
+
+
+def _reads(indices: Tensor, ids: Tensor) -> bool:
+    """Whether an embedding is indexed by an input, or by a copy of it."""
+    own = indices.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr()
+    return own or _places(indices, ids) is not None
 
 
 def _places(indices: Tensor, ids: Tensor) -> Tensor | None:
@@ -434,7 +476,7 @@ class _Request:
             arguments = pytree.tree_unflatten(given, spec)
             # Before the model can change them in place.
             entries = [_entry(argument) for argument in given]
-            recording = Recording(self.model, self.layers)
+            recording = Recording(self.model, self.layers, self.composite)
             frozen = frozen_parameters(self.model) if self.frozen else []
             names = self._parameter_names()
             aliases = Aliases(frozen, [self.model.get_parameter(n) for n in names]) if frozen else None
@@ -451,9 +493,8 @@ class _Request:
                 )
             seed = make_seed(found, self.target)
             del result, found
-            run = _Run(seed, self.composite, self.on_unknown, release)
+            run = _Run(seed, self.composite, self.on_unknown, release, recording)
             del seed
-            run.recording = recording
             if recorder is not None:
                 run.keep(recorder)
             order: list[int | None] = []

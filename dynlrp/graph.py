@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from dynlrp.rules.operation import REGISTRY
+from dynlrp.rules.operation import REGISTRY, Grads
 
 Node = Any
 """An autograd node (``torch.autograd.graph.Node`` or a node of a custom function)."""
+
+Children = tuple[tuple[Node | None, int], ...]
+"""A node's ``next_functions``."""
 
 LEAF = "torch::autograd::AccumulateGrad"
 
@@ -58,8 +63,8 @@ class Structure:
     """Leaf nodes whose relevance is asked for although they are weights."""
     coefficients: tuple[int, ...] = ()
     """Leaf nodes that stand for coefficients of a larger graph."""
-    paths: tuple[str, ...] | None = None
-    """Module path of every node; only where the composite selects by path."""
+    modules: tuple[tuple[str, ...], ...] | None = None
+    """Paths of the modules that every node ran in, innermost last; only where the composite selects by path."""
     first: bool = True
     """No linear operation lies between this graph and the inputs (False inside an operation that is re-run)."""
     last: bool = True
@@ -77,12 +82,15 @@ class Structure:
 class Graph:
     """The live autograd nodes behind a :class:`Skeleton`, in its order."""
 
-    def __init__(self, root: Node) -> None:
+    steps: Sequence[Any] = ()
+    """Nodes that stand for calls of modules."""
+
+    def __init__(self, root: Node, children: Callable[[Node], Children] = attrgetter("next_functions")) -> None:
         found = [root]
         self._index: dict[Node, int] = {root: 0}
         index, links = self._index, []
         for node in found:  # which grows
-            for child, output in node.next_functions:
+            for child, output in children(node):
                 if child is None:
                     links.append(NOTHING)
                     continue
@@ -103,6 +111,14 @@ class Graph:
         place = self._index.get(node)
         return None if place is None else Edge(self.skeleton.places[place], output)
 
+    def recorded(self) -> Iterable[Node]:
+        """The nodes that autograd recorded."""
+        return self.nodes
+
+    def values(self) -> dict[Edge, tuple[Tensor, int]]:
+        """Values of tensors that are known with the graph, and their versions."""
+        return {}
+
     def forget(self) -> None:
         """Let nodes go as soon as nobody else holds them; no more edges can be asked for."""
         self._index.clear()
@@ -120,6 +136,31 @@ def saved(node: Node, name: str | int) -> Any:
     if isinstance(name, int):
         return node.saved_tensors[name]
     return getattr(node, name if isinstance(node, torch._C._FunctionBase) else "_saved_" + name)
+
+
+def vjp(node: Node, grads: Grads) -> Sequence[Tensor | None]:
+    """Call a node. A node of a ``torch.autograd.Function`` is given zeros where nothing arrives, as autograd does, and
+    answers for every argument of its forward, tensor or not."""
+    if not isinstance(node, torch._C._FunctionBase):
+        result = node(*grads)
+        return result if isinstance(result, tuple) else (result,)
+    filled = [
+        torch.zeros(made.shape, dtype=made.dtype, device=made.device) if g is None else g
+        for g, made in zip(grads, node._input_metadata, strict=True)  # type: ignore[attr-defined]
+    ]
+    result = node.apply(*filled)  # type: ignore[attr-defined]
+    result = result if isinstance(result, tuple) else (result,)
+    needed = iter([value for value, needs in zip(result, node.needs_input_grad, strict=False) if needs])
+    return [None if child is None else next(needed, None) for child, _ in node.next_functions]
+
+
+def fit(value: Tensor, expected: Any) -> Tensor:
+    """Bring what a node returned to the operand's shape and dtype, as autograd's engine would."""
+    if not expected.is_nested_tensor and list(value.shape) != expected.shape:
+        value = (value.values().unsqueeze(0) if value.is_nested else value).sum_to_size(expected.shape)
+    if value.dtype is not expected.dtype:
+        value = (value.real if value.is_complex() and not expected.dtype.is_complex else value).to(expected.dtype)
+    return value
 
 
 NOTHING, END = -1, -2

@@ -30,6 +30,7 @@ from dynlrp.rules.operation import (
     Step,
     letter,
 )
+from dynlrp.rules.submodule import SUBMODULE
 
 
 class Kind(IntEnum):
@@ -102,7 +103,8 @@ class StepPlan:
     travels: bool
     """It passes relevance of the inputs; else that of an observed weight alone, which is no account."""
     aside: Account | Literal[""] = ""
-    """A product of other tensors adds to the signal, and goes into this account."""
+    """What goes in and does not come out goes into this account: a product of other tensors that adds to the signal,
+    what a module explained as one step does not conserve."""
     wants: tuple[bool, ...] = ()
     gated: bool = False
     outputs: tuple[int, ...] = ()
@@ -186,7 +188,7 @@ class UnknownNodes(Exception):
         self.reasons = reasons
 
 
-WEIGHTED = ("dense", "convolution", "recurrent")
+WEIGHTED = ("dense", "convolution", "recurrent", SUBMODULE)
 """Families of layers with weights."""
 ASIDE: dict[Kind, Account] = {
     Kind.CONSTANT: "constants",
@@ -261,7 +263,7 @@ class _Planner:
                     family=family,
                     name=name,
                     roles=role.names,
-                    path=s.paths[index] if s.paths is not None else "",
+                    modules=s.modules[index] if s.modules is not None else (),
                     first=not linear,
                     last=index in self.outermost,
                 )
@@ -311,7 +313,7 @@ class _Planner:
         return operation.family in ("dense", "convolution") and self._family(index, operation) == operation.family
 
     def _has_weights(self, index: int, operation: Operation) -> bool:
-        return operation.family == "recurrent" or self._is_linear(index, operation)
+        return operation.family in ("recurrent", SUBMODULE) or self._is_linear(index, operation)
 
     def _family(self, index: int, operation: Operation) -> str:
         """A matrix product or convolution is a linear layer only where no more than one factor depends on inputs."""
@@ -363,7 +365,12 @@ class _Planner:
             step.emits_relevance = step.rule.emits == "relevance" or (copies and step.relevance_in)
             carrier = step if step.merged is None else step.merged
             heads = followers.get(Edge(carrier.index, 0), [])
-            step.gated = bool(heads) and Edge(carrier.index, 0) != self.s.root and all(map(self._gates, heads))
+            step.gated = (
+                bool(heads)
+                and step.name != SUBMODULE  # whose rule sees all of the value
+                and Edge(carrier.index, 0) != self.s.root
+                and all(map(self._gates, heads))
+            )
             for position, edge in enumerate(step.operands):
                 if edge is None or not (step.signals[position] or step.observed[position]):
                     continue
@@ -460,6 +467,7 @@ class _Planner:
             merged=absorbed.get(index),
             travels=travels,
         )
+        step.aside = operation.leftover
         factors = [kind for a, kind in zip(letters, kinds, strict=True) if a == "*"]
         if travels and len(factors) > 1 and Kind.SIGNAL not in factors and not fallback:
             step.rule, step.aside = VJP(), ASIDE[max(factors)]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dynlrp.errors import BrokenPromiseError, DynLRPError, FreedGraphError, NonFiniteError, RuleError
-from dynlrp.graph import Edge, Graph, Node, saved
+from dynlrp.graph import Edge, Graph, fit, saved, vjp
 from dynlrp.ledger import Ledger
 from dynlrp.plan import Link, Plan, StepPlan
 from dynlrp.promise import FREED, Promises
-from dynlrp.rules.operation import OUTPUT, Account, Grads, Need, Replay, divide, dot, inner, masked_product, product
+from dynlrp.rules.operation import Account, Grads, Need, Replay, divide, dot, inner, masked_product, product
 
 SMALL = 8192
 """Largest multiplier of a leaf that is kept as it is, to be summed to the leaf's shape when somebody asks."""
@@ -59,6 +59,10 @@ class LiveStep:
     def hidden(self) -> bool:
         return self.plan.hidden
 
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        return self.plan.outputs
+
     def saved(self, name: str | int) -> Any:
         return saved(self.node, name)
 
@@ -70,11 +74,12 @@ class LiveStep:
         assert edge is not None
         return self._walk.promises.take(edge)
 
-    def output(self) -> Tensor:
-        if self.operation.result and self.merged is None:
-            result: Tensor = self.saved(self.operation.result)
-            return result.detach()
-        return self._walk.promises.take(*self._head())
+    def output(self, number: int = 0) -> Tensor:
+        result = self._result(number)
+        if result:
+            value: Tensor = self.saved(result)
+            return value.detach()
+        return self._walk.promises.take(*self._head(number))
 
     def book(self, account: Account, amount: Tensor) -> None:
         if self.plan.travels:
@@ -89,8 +94,7 @@ class LiveStep:
     def settle(self, need: Need) -> str:
         """Find a keeper for a need; returns why there is none."""
         if need.operand is None:
-            own = self.operation.result and self.merged is None
-            problem = "" if own else self._walk.promises.settle(*self._head())
+            problem = "" if self._result(need.output) else self._walk.promises.settle(*self._head(need.output))
         elif self._own(need.operand) is not None:
             problem = ""
         else:
@@ -113,25 +117,13 @@ class LiveStep:
         value = self.saved(attribute)
         return value.detach() if isinstance(value, Tensor) else None
 
-    def _head(self) -> tuple[Edge, bool]:
+    def _result(self, number: int) -> str:
+        """The attribute that holds an output."""
+        return self.operation.result or "" if self.merged is None and number == 0 else ""
+
+    def _head(self, number: int) -> tuple[Edge, bool]:
         carrier = self.plan if self.merged is None else self.merged.plan
-        return Edge(carrier.index, 0), self.gated
-
-
-def vjp(node: Node, grads: Grads) -> Sequence[Tensor | None]:
-    """Call a node. A node of a ``torch.autograd.Function`` is given zeros where nothing arrives, as autograd does, and
-    answers for every argument of its forward, tensor or not."""
-    if not isinstance(node, torch._C._FunctionBase):
-        result = node(*grads)
-        return result if isinstance(result, tuple) else (result,)
-    filled = [
-        torch.zeros(made.shape, dtype=made.dtype, device=made.device) if g is None else g
-        for g, made in zip(grads, node._input_metadata, strict=True)  # type: ignore[attr-defined]
-    ]
-    result = node.apply(*filled)  # type: ignore[attr-defined]
-    result = result if isinstance(result, tuple) else (result,)
-    needed = iter([value for value, needs in zip(result, node.needs_input_grad, strict=False) if needs])
-    return [None if child is None else next(needed, None) for child, _ in node.next_functions]
+        return Edge(carrier.index, number), self.gated and number == 0
 
 
 class Walk:
@@ -190,11 +182,9 @@ class Walk:
                     else:
                         live.met.add(Need(position))
             if step.balances:
-                wanted = [OUTPUT] + [Need(i) for i, counts in enumerate(step.counted) if counts]
-                others = [Edge(step.index, output) for output in step.outputs if output]
-                if any(live.settle(Need(need.operand, optional=True)) for need in wanted) or any(
-                    self.promises.settle(edge) for edge in others
-                ):
+                wanted = [Need(None, optional=True, output=output) for output in step.outputs]
+                wanted += [Need(i, optional=True) for i, counts in enumerate(step.counted) if counts]
+                if any(live.settle(need) for need in wanted):
                     self._unresolved(step)
                     live.met = {need for need in live.met if not need.optional}
             if step.fallback:
@@ -284,11 +274,8 @@ class Walk:
             return
         metadata = self.graph.nodes[link.node]._input_metadata
         expected = metadata[link.output]
-        if not expected.is_nested_tensor and list(value.shape) != expected.shape:
-            value = self._reduce(step, link.position, value, expected.shape)
-        dtype = expected.dtype
-        if value.dtype is not dtype:
-            value = (value.real if value.is_complex() and not dtype.is_complex else value).to(dtype)
+        if value.dtype is not expected.dtype or expected.is_nested_tensor or list(value.shape) != expected.shape:
+            value = self._fit(step, link.position, value, expected)
         if self.check:
             self._look(step, step.index, link.position, value)
         if link.account:
@@ -361,14 +348,14 @@ class Walk:
         self, step: StepPlan, live: LiveStep, grads: Grads, results: Sequence[Tensor | None], booked: int
     ) -> None:
         """Book what went in and neither came out nor was booked by the rule, where only the activations tell."""
-        if Need(None, optional=True) not in live.met:
+        if any(Need(None, optional=True, output=output) not in live.met for output in step.outputs):
             return
         amount: Tensor | float = 0.0
         for output, g in enumerate(grads):
             if g is not None and step.relevance_in:
                 amount = amount + g.sum()
             elif g is not None:
-                amount = amount + inner(g, self.promises.take(Edge(step.index, output)) if output else live.output())
+                amount = amount + inner(g, live.output(output))
         for position, counts in enumerate(step.counted):
             value = results[position]
             if counts and value is not None:
@@ -377,15 +364,13 @@ class Walk:
         if isinstance(lost, Tensor):
             live.book("held back" if step.fallback else step.aside or "constants", lost)
 
-    def _reduce(self, step: StepPlan, position: int, value: Tensor, shape: list[int]) -> Tensor:
+    def _fit(self, step: StepPlan, position: int, value: Tensor, expected: Any) -> Tensor:
         try:
-            if value.is_nested:
-                value = value.values().unsqueeze(0)
-            return value.sum_to_size(shape)
+            return fit(value, expected)
         except RuntimeError as error:
             raise RuleError(
                 f"{self._rule(step)} returned shape {tuple(value.shape)} for operand "
-                f"{position}, which has shape {tuple(shape)}"
+                f"{position}, which has shape {tuple(expected.shape)}"
             ) from error
 
     def _step(self, step: StepPlan) -> LiveStep:

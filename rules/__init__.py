@@ -21,6 +21,7 @@ from dynlrp.rules import (  # noqa: F401  the imports fill the registry
     sampling,
     shape,
     sparse,
+    submodule,
 )
 from dynlrp.rules.addition import EpsilonSum, Magnitude
 from dynlrp.rules.attention import Attention, SoftmaxVJP
@@ -43,6 +44,7 @@ from dynlrp.rules.operation import (
     rule,
 )
 from dynlrp.rules.product import Shares, Ungated
+from dynlrp.rules.submodule import Whole
 
 __all__ = [
     "REGISTRY",
@@ -69,6 +71,7 @@ __all__ = [
     "Taylor",
     "Ungated",
     "WSquare",
+    "Whole",
     "ZBox",
     "ZPlus",
     "expand",

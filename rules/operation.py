@@ -17,13 +17,14 @@ Account = Literal["inputs", "parameters", "constants", "offsets", "absorbed", "h
 
 
 class Need(NamedTuple):
-    """An activation a rule asks for: the value of an operand, or of output 0 (``operand=None``).
+    """An activation a rule asks for: the value of an operand, or of an output (``operand=None``), the first by default.
 
     An *optional* need serves the ledger alone: where it cannot be met, the ledger names the operation instead.
     """
 
     operand: int | None
     optional: bool = False
+    output: int = 0
 
 
 OUTPUT = Need(None)
@@ -53,6 +54,10 @@ class Step(Protocol):
         """Autograd did not record a constant that adds to the output."""
 
     @property
+    def outputs(self) -> tuple[int, ...]:
+        """Outputs through which relevance arrives."""
+
+    @property
     def name(self) -> str:
         """The node's name."""
 
@@ -67,8 +72,8 @@ class Step(Protocol):
     def operand(self, index: int) -> Tensor:
         """The promised value of an operand."""
 
-    def output(self) -> Tensor:
-        """The promised value of output 0, exact wherever its relevance is not zero."""
+    def output(self, number: int = 0) -> Tensor:
+        """The promised value of an output, exact wherever its relevance is not zero."""
 
     def book(self, account: Account, amount: Tensor) -> None:
         """Enter relevance (a 0-d tensor) that leaves the graph here into the ledger."""
@@ -137,6 +142,9 @@ class StepShape(Protocol):
 
     @property
     def hidden(self) -> bool: ...
+
+    @property
+    def outputs(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -248,6 +256,8 @@ class Operation:
     """``affine(facts)``: a norm with fixed statistics, which a linear operation before it can absorb."""
     blocked: str | Callable[[Any], str] = ""
     """Why relevance must not pass, or ``blocked(facts)``: a clear error where it arrives (a loss, a random draw)."""
+    leftover: Account | Literal[""] = ""
+    """Where the ledger puts what goes in by the outputs and neither comes out by the operands nor is booked."""
     math: Any = None
     """What the rules of this family need to know (a linear map, a function with its value at zero ...)."""
 

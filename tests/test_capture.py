@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from dynlrp import Composite, When, explain
+from dynlrp import COMPOSITES, Composite, When, explain
 from dynlrp.capture import Recording
 from dynlrp.rules import Flat
 from tests.conftest import close, same
@@ -50,7 +50,7 @@ def test_operations_know_their_module() -> None:
 
 def test_paths_of_a_recording() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh())).double()
-    recording = Recording(model, ())
+    recording = Recording(model, (), COMPOSITES["auto"])
     before = torch._C._autograd._get_sequence_nr()
     x = X.clone().requires_grad_()
     with recording.watching():

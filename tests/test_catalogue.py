@@ -34,6 +34,7 @@ OUTSIDE = {
     "XSoftmaxBackward",
     "YosoCumulationBackward",
     "_ReversibleFunctionBackward",
+    "submodule",  # calls of modules
     "BackwardHookFunctionBackward",  # a Function of torch.nn.modules
     "ContiguousBackward0",  # of earlier releases
     "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_defaultBackward",  # written in Python

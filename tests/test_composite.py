@@ -30,7 +30,7 @@ from dynlrp.rules import (
 from tests.conftest import close, gradient_x_input, same, sample
 from tests.peers import models as peers
 
-SITE = Site("dense", "MmBackward0", frozenset(), "encoder.layer.1.fc", first=False, last=True)
+SITE = Site("dense", "MmBackward0", frozenset(), ("", "encoder", "encoder.layer.1.fc"), first=False, last=True)
 X = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
