@@ -25,7 +25,7 @@ from dynlrp import (
     relevance,
 )
 from dynlrp.rules import VJP, AlphaBeta, Epsilon, Gamma, Gradient, Hold, Rule, Taylor, Whole, ZPlus
-from tests.conftest import Opaque, close, gradient_x_input, same
+from tests.conftest import Opaque, close, gradient_x_input, same, sample
 
 X = draw(0, 3, 4)
 
@@ -81,11 +81,11 @@ def test_a_step_by_its_gradient_is_the_transposed_jacobian() -> None:
     model = Wired(lambda m, x: m.last(m.step(m.first(x))), step=mlp())
     found = explain(model, X, 1, composite=step(VJP(), "step"), layers=["first", "step"])
     h = model.first(X)
-    for sample in range(len(X)):
-        jacobian = torch.autograd.functional.jacobian(model.step, h[sample])
+    for row in range(len(X)):
+        jacobian = torch.autograd.functional.jacobian(model.step, h[row])
         m = jacobian.T @ model.last.weight[1]
-        close(found.relevance[sample], X[sample] * (model.first.weight.T @ m))
-        close(found.layers["first"][sample], h[sample] * m)
+        close(found.relevance[row], X[row] * (model.first.weight.T @ m))
+        close(found.layers["first"][row], h[row] * m)
     close(found.layers["step"], model.step(h) * model.last.weight[1])
     ledger = found.ledger
     assert ledger.closes
@@ -557,3 +557,20 @@ def test_no_hook_stays() -> None:
             assert not module._forward_hooks
             assert not module._forward_pre_hooks
             assert not module._forward_pre_hooks_with_kwargs
+
+
+# Real models --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("bert", "bert.encoder.layer.*"), ("vit", "*.layers.1"), ("llama", "*.mlp")]
+)
+def test_blocks_of_transformers_by_their_gradient(name: str, module: str) -> None:
+    model, inputs, target = sample(name)
+    composite = COMPOSITES["gradient_x_input"]
+    blocks = Composite("blocks", ((When(module=module), VJP()), *composite.entries))
+    found, expected = (explain(model, inputs, target, composite=c) for c in (blocks, composite))
+    for ours, theirs in zip(found.tensors(), expected.tensors(), strict=True):
+        close(ours, theirs, 1e-11)
+    assert found.ledger.closes
+    assert any(account == "held back" and path for account, path in found.ledger.by_module())
