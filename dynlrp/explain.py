@@ -140,7 +140,6 @@ def relevance(
     else:
         raise InputError("initial must be a floating point tensor of the output's shape")
     run = _Run(seed, rules, on_unknown, release=False)
-    run.captured[run.root] = (output.detach(), output._version)
     for number, tensor in enumerate(tensors):
         if isinstance(tensor, nn.Parameter):
             run.observe(str(number), tensor)
@@ -195,6 +194,7 @@ class _Run:
         """Positions in ``wanted`` per result."""
         self.shapes: list[torch.Size] = []
         self.captured: dict[Edge, tuple[Tensor, int]] = self.graph.values()
+        self.captured[root] = (seed.root.detach(), seed.root._version)
         self.recorded: list[tuple[Node, int, Tensor]] = []
         self.taps: dict[str, list[Edge | None]] = {}
         self.leaves: dict[str, Edge | None] = {}
@@ -491,7 +491,8 @@ class _Request:
                     f"the output of shape {tuple(found.shape)} has no batch dimension that fits the inputs; add one "
                     f"in front of the inputs (x.unsqueeze(0)) so that the output is (batch, ...)"
                 )
-            seed = make_seed(found, self.target)
+            with recorder or nullcontext():
+                seed = make_seed(found, self.target)
             del result, found
             run = _Run(seed, self.composite, self.on_unknown, release, recording)
             del seed

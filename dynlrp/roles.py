@@ -8,6 +8,7 @@ from dynlrp.graph import Edge, Structure
 from dynlrp.rules.operation import REGISTRY
 
 POINTWISE = frozenset({"elementwise", "piecewise linear", "scaling", "addition", "product", "quotient"})
+STATISTICS = POINTWISE | {"reduction", "choice", "statistic"}
 SMALL = 32
 """Longest written-out activation that is looked for, in operations."""
 
@@ -39,6 +40,10 @@ def roles(structure: Structure) -> dict[int, Role]:
             continue
         factors = [(i, edge) for i, edge in enumerate(operands) if edge is not None and operation.letter(i) == "*"]
         if len(factors) < 2:
+            continue
+        router = next((i for i, edge in factors if _routes(structure, edge)), None)
+        if router is not None and operation.family == "product":
+            found[index] = Role(frozenset({"gate"}), gate=router)
             continue
         ends = {i: _through_copies(structure, edge) for i, edge in factors}
         for end in ends.values():
@@ -77,15 +82,58 @@ def _through_copies(structure: Structure, edge: Edge) -> Edge:
         edge = operands[0]
 
 
-def _decays(structure: Structure, edge: Edge) -> bool:
-    """Whether a tensor is an exponential, maybe masked by a constant factor."""
+def _through_multiples(structure: Structure, edge: Edge) -> Edge:
+    """The first tensor below that is more than a rearrangement and a constant multiple."""
     while True:
         edge = _through_copies(structure, edge)
         operation = REGISTRY.get(structure.names[edge.node])
         factors = [e for e in structure.operands[edge.node] if e is not None]
         if operation is None or operation.family not in ("product", "scaling") or len(factors) != 1:
-            return operation is not None and operation.decay
+            return edge
         edge = factors[0]
+
+
+def _routes(structure: Structure, edge: Edge) -> bool:
+    """Whether a tensor holds entries of a softmax or gate that were chosen, or divided by their sum or norm."""
+    routed = False
+    while True:
+        operation, operands = REGISTRY.get(structure.names[edge.node]), structure.operands[edge.node]
+        present = [e for e in operands if e is not None]
+        if operation is None or not present:
+            return False
+        if operation.family == "softmax" or operation.gate:
+            return routed
+        alone = len(present) == 1
+        if operation.family == "quotient" and operands[0] is not None:
+            normalised = _is_statistic_of(structure, operands[1], operands[0])
+            routed = routed or normalised
+            if not (alone or normalised):
+                return False
+        elif not alone or not (operation.copies or operation.family in ("product", "scaling")):
+            return False
+        routed = routed or operation.family in ("choice", "indexing")
+        edge = present[0]
+
+
+def _is_statistic_of(structure: Structure, edge: Edge | None, summand: Edge) -> bool:
+    """Whether a tensor is a function of another's sum, norm or largest entry alone."""
+    summand = _through_multiples(structure, summand)
+    for _ in range(SMALL):
+        edge = None if edge is None else _through_multiples(structure, edge)
+        if edge is None or edge == summand:
+            return edge == summand
+        operation = REGISTRY.get(structure.names[edge.node])
+        present = [e for e in structure.operands[edge.node] if e is not None]
+        if operation is None or operation.family not in STATISTICS or len(present) != 1:
+            return False
+        edge = present[0]
+    return False
+
+
+def _decays(structure: Structure, edge: Edge) -> bool:
+    """Whether a tensor is an exponential, maybe masked by a constant factor."""
+    operation = REGISTRY.get(structure.names[_through_multiples(structure, edge).node])
+    return operation is not None and operation.decay
 
 
 def _decays_by_sums(structure: Structure, end: Edge) -> bool:

@@ -14,7 +14,7 @@ from dynlrp.rules.operation import OUTPUT, Grads, Need, Operation, Rule, Step, S
 
 @dataclass(frozen=True)
 class EpsilonSum(Rule):
-    """R_a = a / (z + epsilon sign(z)) R: each summand by its share, with a stabiliser.
+    """R_a = a / (z + epsilon sign(z)) R: each summand by its share, with a stabiliser (Bach et al. 2015, eq. 58).
 
     With ``epsilon=0`` it is the VJP, which every sum has without this rule.
     """

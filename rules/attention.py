@@ -20,7 +20,8 @@ from dynlrp.rules.operation import Grads, Operation, Rule, Step, dot, register
 
 @dataclass(frozen=True)
 class Attention(Rule):
-    """The kernel's own backward, scaled per operand.
+    """The kernel's own backward, scaled per operand: m_q = dQ / 4, m_k = dK / 4, m_v = dV / 2 (Achtibat et al. 2024),
+    or 0, 0 and dV (Ali et al. 2022).
 
     ``scores`` is the share of the attention weights in the product with the values (1/2 in AttnLRP, 0 in CP-LRP), and
     ``query`` the share of the queries in the scores. Where only queries or only keys carry the signal, they take the
@@ -77,7 +78,8 @@ class Attention(Rule):
 
 @dataclass(frozen=True)
 class SoftmaxVJP(Rule):
-    """Softmax is a Taylor expansion at the input: m_x = p * (m - sum(m p)); its constant term is booked.
+    """Softmax is a Taylor expansion at the input: m_x = p * (m - sum(m p)); its constant term is booked (Achtibat et
+    al. 2024).
 
     Rows of m_x sum to zero, so sum(m_x x) = sum(m_x log p), which needs no input and holds for masked scores too.
     """
@@ -94,7 +96,8 @@ class SoftmaxVJP(Rule):
 
 @dataclass(frozen=True)
 class LogSoftmaxVJP(Rule):
-    """log p = x - log sum exp x is a Taylor expansion at the input: m_x = m - p * sum(m); its constant term is booked.
+    """log p = x - log sum exp x is a Taylor expansion at the input: m_x = m - p * sum(m); its constant term is booked
+    (as for softmax, Achtibat et al. 2024).
 
     That is sum(m) times the sum of p log p, so it needs no input either.
     """

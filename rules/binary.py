@@ -84,7 +84,8 @@ linear_operation(
 
 @dataclass(frozen=True)
 class Hypotenuse(Rule):
-    """hypot(a, b), of degree 1 in both together: m_a = m a / hypot(a, b), the VJP, and 0 where both are 0."""
+    """hypot(a, b), of degree 1 in both together: m_a = m a / hypot(a, b), the VJP, and 0 where both are 0 (exact:
+    Euler's theorem)."""
 
     def needs(self, step: StepShape) -> Sequence[Need]:
         return [OUTPUT, *(Need(i) for i, wanted in enumerate(step.wants) if wanted)]
@@ -113,8 +114,9 @@ register(
 
 @dataclass(frozen=True)
 class Angle(Rule):
-    """atan2(y, x): the first-order expansion, by the VJP with no square that overflows. Of the angle itself it leaves
-    nothing, as scaling both operands does not turn them: the whole output is an offset."""
+    """atan2(y, x): the first-order expansion, m_y = m x / r^2 and m_x = -m y / r^2, with no square that overflows. Of
+    the angle itself it leaves nothing, as scaling both operands does not turn them: the whole output is an offset
+    (exact: Euler's theorem, of degree 0)."""
 
     def needs(self, step: StepShape) -> Sequence[Need]:
         return [OUTPUT, Need(0), Need(1)]
@@ -150,9 +152,9 @@ register(
 
 @dataclass(frozen=True)
 class TensorPower(Rule):
-    """x^y. As a function of x it passes the secant x^(y-1), and what has an exponent of 0 or less is held back; the
-    exponent is a coefficient then. Where the exponent alone is a signal it passes (x^y - 1) / y, and the 1 is booked.
-    """
+    """x^y. As a function of x it passes the secant, m_x = m x^(y-1), and what has an exponent of 0 or less is held
+    back; the exponent is a coefficient then. Where the exponent alone is a signal, m_y = m (x^y - 1) / y, and the 1 is
+    booked (the y/x rule, Achtibat et al. 2024, eq. 9)."""
 
     def needs(self, step: StepShape) -> Sequence[Need]:
         return [Need(0), Need(1)]
@@ -189,8 +191,9 @@ register(
 
 @dataclass(frozen=True)
 class IncompleteGamma(Rule):
-    """The regularised incomplete gamma functions P(a, x) and Q(a, x) = 1 - P(a, x), as functions of x: the secant
-    P(a, x) / x, or its negative. Autograd has no derivative by a, which is a coefficient."""
+    """The regularised incomplete gamma functions P(a, x) and Q(a, x) = 1 - P(a, x), as functions of x: the secant, m_x
+    = m P(a, x) / x, or its negative (the y/x rule, Achtibat et al. 2024, eq. 9). Autograd has no derivative by a, which
+    is a coefficient."""
 
     def needs(self, step: StepShape) -> Sequence[Need]:
         return [Need(0), Need(1)]
@@ -229,7 +232,8 @@ def _prelu(step: Any, x: Tensor | None, weight: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Prelu(Rule):
-    """Piecewise linear for given slopes. Slopes that depend on the inputs make a product where x is not positive."""
+    """m_x = m where x > 0 and m w elsewhere: piecewise linear for given slopes w (exact: it is the VJP). Slopes that
+    depend on the inputs make a product where x is not positive, of which each factor takes half."""
 
     books = True
 

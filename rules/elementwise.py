@@ -72,7 +72,7 @@ class Function(NamedTuple):
 
 @dataclass(frozen=True)
 class Secant(Rule):
-    """m_x = m (f(x) - f(0)) / x."""
+    """m_x = m (f(x) - f(0)) / x, the y/x rule where f(0) = 0 (Achtibat et al. 2024, eq. 9)."""
 
     families = frozenset({"elementwise"})
 
@@ -384,7 +384,8 @@ for _name in ("HardtanhBackward0", "ClampBackward1", "ClampMinBackward0", "Clamp
 
 @dataclass(frozen=True)
 class Power(Rule):
-    """x^n with n > 0: the secant through the origin is x^(n-1). Other exponents make a coefficient."""
+    """x^n with n > 0: the secant through the origin, m_x = m x^(n-1) (the y/x rule, Achtibat et al. 2024, eq. 9). Other
+    exponents make a coefficient."""
 
     def needs(self, step: StepShape) -> Sequence[Need]:
         return [Need(0)]
@@ -478,7 +479,8 @@ linear("RreluWithNoiseBackward1", "piecewise linear", result="result")
 
 @dataclass(frozen=True)
 class Drawn(Rule):
-    """m_x = m f(x) / x, where the node keeps no slopes (its noise is what it was given, not what it drew)."""
+    """m_x = m f(x) / x, where the node keeps no slopes (its noise is what it was given, not what it drew; the y/x rule,
+    Achtibat et al. 2024, eq. 9)."""
 
     def needs(self, step: StepShape) -> Sequence[Need]:
         return [OUTPUT, Need(0)]
@@ -567,7 +569,8 @@ def _is_complex(node: Any) -> bool:
 
 @dataclass(frozen=True)
 class Phase(Rule):
-    """z / |z|, where the magnitude is a coefficient as other norms are that divide; 0 stays 0."""
+    """z / |z|: m_z = m / |z|, where the magnitude is a coefficient as other norms are that divide (Ali et al. 2022); 0
+    stays 0."""
 
     def needs(self, step: StepShape) -> Sequence[Need]:
         return [Need(0)]

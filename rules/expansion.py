@@ -13,7 +13,8 @@ from dynlrp.rules.operation import Grads, Need, Operation, Replay, Rule, Step, S
 
 @dataclass(frozen=True)
 class Expand(Rule):
-    """The operation's replay, recorded and explained in its place. It books what its inner operations book."""
+    """f = g_n(... g_1(x)): the operation's replay, recorded and explained in its place (exact: the same function). It
+    books what its inner operations book."""
 
     books = True
 

@@ -1,4 +1,4 @@
-"""Custom ``torch.autograd.Function``s of transformers, by what they stand for.
+"""Custom ``torch.autograd.Function``s of transformers and bitsandbytes, by what they stand for.
 
 Nodes are known by the name of their class alone, so the module that the class comes from is looked at too.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dynlrp.rules.elementwise import Function, elementwise
 from dynlrp.rules.expansion import expand
+from dynlrp.rules.linear import lost_bias
 from dynlrp.rules.operation import linear_operation
 from dynlrp.rules.shape import always
 
@@ -102,3 +103,10 @@ def _reversible(step: Any, x: Tensor, *_: Any) -> Tensor:
 _reformer = comes_from("transformers.models.reformer.modeling_reformer")
 expand("_ReversibleFunctionBackward", _reversible, **_reformer)
 linear_operation("ReverseSortBackward", family="indexing", copies=True, **_reformer)
+
+# Products of bitsandbytes with a matrix that is brought back from 4 or 8 bits, linear in the input. With 8 bits the
+# input is rounded too, and the derivative goes straight through that.
+_bits = comes_from("bitsandbytes.autograd._functions")
+linear_operation("MatMul4BitBackward", hides=lost_bias, **_bits)
+for _name in ("MatMul8bitLtBackward", "MatMul8bitFpBackward"):
+    linear_operation(_name, family="rounding", hides=always, **_bits)

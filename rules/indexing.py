@@ -58,8 +58,9 @@ _reads(
 
 @dataclass(frozen=True)
 class Written(VJP):
-    """What is written over has no relevance. Of several values written to one place the last one stays, and autograd
-    gives the derivative to all of them; here the replay tells which it was."""
+    """m_x = m outside of the places written to, m_v = m there: what is written over has no relevance (exact: every
+    output element is one input element). Of several values written to one place the last one stays, and autograd gives
+    the derivative to all of them; here the replay tells which it was."""
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
         g = grads[0]
@@ -150,9 +151,9 @@ for _name, _replay in (
 class Reduced(Rule):
     """Sums, means, maxima and products by index (scatter_reduce, index_reduce).
 
-    Sums and means are linear. A maximum goes in equal parts to all that equal it. Each of the n factors of a product
-    takes its VJP divided by n; an operand that does not carry the signal is a coefficient, but for the places where it
-    stands alone.
+    Sums and means are linear, m_x = J^T m. A maximum goes in equal parts to all that equal it. Each of the n factors of
+    a product takes its VJP divided by n (Achtibat et al. 2024); an operand that does not carry the signal is a
+    coefficient, but for the places where it stands alone.
     """
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
@@ -205,8 +206,8 @@ def _embedding(step: Any, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Lookup(VJP):
-    """Relevance of an embedding table: every use of a row adds up. The VJP would leave out the padding row, and weigh
-    rows by their frequency where the layer asks for that in training."""
+    """m_row = the sum of m over all uses of the row: relevance of an embedding table (exact: linear). The VJP would
+    leave out the padding row, and weigh rows by their frequency where the layer asks for that in training."""
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
         g = grads[0]
@@ -228,8 +229,8 @@ register(
 class Bag(Rule):
     """Sums, means and maxima over the rows of a table that an index looks up.
 
-    Sum and mean are linear in the table, a maximum chooses. A weight per look-up is a factor: with a table that does
-    not depend on the inputs it takes all where it carries the signal, else half.
+    Sum and mean are linear in the table, m_x = J^T m, and a maximum chooses. A weight per look-up is a factor: with a
+    table that does not depend on the inputs it takes all where it carries the signal, else half (Achtibat et al. 2024).
     """
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:

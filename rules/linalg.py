@@ -23,7 +23,8 @@ from dynlrp.rules.shape import number
 
 @dataclass(frozen=True)
 class EqualShares(Rule):
-    """A product of n signals passes each its VJP / n; what is added to the product takes its VJP."""
+    """A product of n signals passes each m_i = J_i^T m / n; what is added to the product takes its VJP (Achtibat et al.
+    2024)."""
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
         factors = [i for i, signal in enumerate(step.signals) if signal and step.operation.letter(i) == "*"]

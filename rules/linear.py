@@ -451,7 +451,8 @@ class Flat(TermRule):
 
 @dataclass(frozen=True)
 class Pass(Rule):
-    """R_i = R_i: relevance goes on unchanged through an operation that keeps the shape."""
+    """R_x = R_y: relevance goes on unchanged through an operation that keeps the shape (the identity rule, Achtibat et
+    al. 2024)."""
 
     consumes = "relevance"
     emits = "relevance"

@@ -21,7 +21,8 @@ from dynlrp.rules.product import Shares
 
 @dataclass(frozen=True)
 class Statistic(Rule):
-    """Linear in the input for fixed statistics; the bias takes its share.
+    """y = (x - mean(x)) / sigma w + b is linear in the input for a fixed sigma; the bias takes its share (Ali et al.
+    2022; Achtibat et al. 2024, section 3.3.3).
 
     A weight that depends on the inputs, as a conditional norm has it, makes a product: it shares equally with the
     normalised input, or takes all where only the weight carries the signal.

@@ -149,7 +149,8 @@ class StepShape(Protocol):
 
 @dataclass(frozen=True)
 class VJP(Rule):
-    """Linear and piecewise linear operations: the vector-Jacobian product *is* the rule."""
+    """m_x = J^T m: linear and piecewise linear operations, whose vector-Jacobian product *is* the rule (exact: y = J
+    x)."""
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
         return step.vjp(grads)
@@ -157,7 +158,8 @@ class VJP(Rule):
 
 @dataclass(frozen=True)
 class Gradient(Rule):
-    """The plain derivative, also where that conserves nothing: gradient x input, and the caller's fallback."""
+    """m_x = J^T m, also where that conserves nothing: gradient x input (Shrikumar et al. 2016), and the caller's
+    fallback."""
 
     def operands(self, operation: Operation, gate: int | None) -> str:
         return operation.operands.replace("-", "*")
@@ -168,7 +170,8 @@ class Gradient(Rule):
 
 @dataclass(frozen=True)
 class Taylor(Rule):
-    """The first-order expansion at the input: the derivative, and what it leaves over of the output is an offset.
+    """m_x = J^T m, the first-order expansion at the input; what it leaves over, m (f(x) - J x), is an offset (Montavon
+    et al. 2017).
 
     For smooth functions of many operands that have no origin to take a secant from (logsumexp, matrix_exp).
     """
@@ -191,7 +194,8 @@ class Taylor(Rule):
 
 @dataclass(frozen=True)
 class Hold(Rule):
-    """The operation's output is a coefficient: no relevance passes (CP-LRP's attention weights, statistics)."""
+    """m_x = 0: the operation's output is a coefficient, as attention weights and statistics are in CP-LRP (Ali et al.
+    2022)."""
 
     def operands(self, operation: Operation, gate: int | None) -> str:
         return "-" * len(operation.operands) if operation.operands else "-"

@@ -84,8 +84,9 @@ def _place(step: Any, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Unpool(Rule):
-    """Every element goes to its saved place. Where windows overlapped, several have the same place and one is written:
-    it takes all, while in autograd's derivative each of them takes as much."""
+    """m_x = m at the element's saved place (exact: every output element is one input element). Where windows
+    overlapped, several have the same place and one is written: it takes all, while in autograd's derivative each of
+    them takes as much."""
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
         (m,) = step.vjp(grads)

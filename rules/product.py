@@ -14,9 +14,9 @@ from dynlrp.rules.operation import Grads, Need, Operation, Replay, Rule, Step, S
 
 @dataclass(frozen=True)
 class Shares(Rule):
-    """A product of two signals passes each its VJP times its share; with one signal the other is a coefficient and
-    the signal takes all. Equal shares are AttnLRP's uniform rule (Achtibat et al. 2024, eq. 8 and proposition 3.3).
-    """
+    """A product of two signals passes each its VJP times its share, m_x = m y / 2 and m_y = m x / 2; with one signal
+    the other is a coefficient and the signal takes all. Equal shares are AttnLRP's uniform rule (Achtibat et al. 2024,
+    eq. 8 and proposition 3.3)."""
 
     families = frozenset({"product"})
 
@@ -51,7 +51,8 @@ class Shares(Rule):
 
 @dataclass(frozen=True)
 class Ungated(Shares):
-    """The gate of a product is a coefficient and the other factor takes all.
+    """The gate g of a product x g is a coefficient and the other factor takes all, m_x = m g (signal takes all, Arras
+    et al. 2019).
 
     For a tensor that gates itself, ``x * g(x)``, this is the secant of the whole function, so that an activation
     written out is explained like its fused form. For gates of other signals it is CP-LRP's treatment.
@@ -73,7 +74,8 @@ class Elementwise:
 
 @dataclass(frozen=True)
 class Numerator(Rule):
-    """x / y is linear in x, and y (a norm, a standard deviation, a sum) is a coefficient."""
+    """x / y is linear in x, m_x = m / y, and y (a norm, a standard deviation, a sum) is a coefficient (Ali et al.
+    2022)."""
 
     def needs(self, step: StepShape) -> Sequence[Need]:
         return [Need(1)]

@@ -62,7 +62,8 @@ linear_operation(
 
 @dataclass(frozen=True)
 class NestedSum(Rule):
-    """A sum over a dimension of a nested tensor, whose derivative PyTorch lacks for the jagged layout."""
+    """m_x = m for every summand: a sum over a dimension of a nested tensor (exact: linear), whose derivative PyTorch
+    lacks for the jagged layout."""
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
         g, x = grads[0], step.saved("self")
@@ -144,7 +145,7 @@ blocked(
 
 @dataclass(frozen=True)
 class Homogeneous(Rule):
-    """A function of degree n, f(t x) = t^n f(x): by Euler's theorem the VJP divided by n conserves.
+    """A function of degree n, f(t x) = t^n f(x), passes m_x = J^T m / n (exact: by Euler's theorem that conserves).
 
     ``degrees`` has an entry per output; one that is not the same for every element is a function of the step.
     """
@@ -250,7 +251,8 @@ def _statistic(*names: str, **traits: Any) -> None:
 
 @dataclass(frozen=True)
 class Norm(Rule):
-    """m sign(x) (|x| / norm)^(p-1), the VJP, without its powers of x alone that leave the range of float16."""
+    """m_x = m sign(x) (|x| / norm)^(p-1), the VJP, without its powers of x alone that leave the range of float16
+    (exact: Euler's theorem, of degree 1)."""
 
     def __call__(self, step: Any, grads: Grads) -> Sequence[Tensor | None]:
         g, order = grads[0], step.operation.facts(step.node)
@@ -300,7 +302,8 @@ _statistic("VarMeanBackward0", rule=Homogeneous((2, 1)), result=None, replay=_de
 
 @dataclass(frozen=True)
 class Shrink(Rule):
-    """Slices with too large a norm are scaled down to ``maxnorm``; the scale is a coefficient."""
+    """m_x = m min(1, maxnorm / norm): slices with too large a norm are scaled down, and the scale is a coefficient (as
+    in norms, Ali et al. 2022)."""
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
         g = grads[0]

@@ -173,7 +173,8 @@ _moves("DiagonalScatterBackward0", replay=_diagonal(torch.diagonal_scatter), hid
 
 @dataclass(frozen=True)
 class Scattered(VJP):
-    """What is written over has no relevance. PyTorch's derivative gives it all, and the rest of the tensor none."""
+    """m_x = m outside of the part written to: what is written over has no relevance (exact: every output element is one
+    input element). PyTorch's derivative gives it all, and the rest of the tensor none."""
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
         g = grads[0]
@@ -242,7 +243,8 @@ _moves("ToPaddedTensorBackward0", hides=always, sign="", exact=False)
 
 @dataclass(frozen=True)
 class Joined(VJP):
-    """The parts of a nested tensor, put together again. PyTorch's own derivative reads beyond the end of a list."""
+    """m_x = the parts' m, put together again to a nested tensor (exact: linear). PyTorch's own derivative reads beyond
+    the end of a list."""
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
         dim = number(step)

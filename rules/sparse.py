@@ -34,7 +34,8 @@ linear_operation("CoalesceBackward0", family="movement", replay=lambda step, x: 
 
 @dataclass(frozen=True)
 class Masked(Rule):
-    """Entries are chosen: the VJP, which is for sparse multipliers, while products also pass dense ones."""
+    """m_x = m where the mask has an entry (exact: linear): the VJP, which is for sparse multipliers, while products
+    also pass dense ones."""
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
         g = grads[0]

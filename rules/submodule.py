@@ -27,8 +27,8 @@ class Whole(Rule):
     ``arrived`` has a multiplier for every tensor that the module returned, None where no relevance arrives. ``inputs``
     are the values of all tensors that it was called with, ``outputs`` those of the returned ones where something
     arrived. The function returns one multiplier ``m`` of the shape of each input, so that ``R = x * m``, or None where
-    there is none; conserving means ``sum x m = sum y m'``. With ``gauge="relevance"`` it is given relevance of the
-    outputs and returns relevance of the inputs.
+    there is none; a rule that conserves has ``sum x m = sum y m'`` (exact: it is whatever the function says). With
+    ``gauge="relevance"`` it is given relevance of the outputs and returns relevance of the inputs.
     """
 
     function: Function

@@ -34,6 +34,9 @@ OUTSIDE = {
     "XSoftmaxBackward",
     "YosoCumulationBackward",
     "_ReversibleFunctionBackward",
+    "MatMul4BitBackward",  # to MatMul8bitLtBackward: Functions of bitsandbytes
+    "MatMul8bitFpBackward",
+    "MatMul8bitLtBackward",
     "submodule",  # calls of modules
     "BackwardHookFunctionBackward",  # a Function of torch.nn.modules
     "ContiguousBackward0",  # of earlier releases

@@ -7,7 +7,8 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from benchmarks.families import RANDOM, build, copied, target
-from dynlrp import explain
+from dynlrp import Composite, When, explain
+from tests.test_roles import Spy
 
 FAMILIES = {
     "autoformer": "decomposition and autocorrelation by FFT",
@@ -51,3 +52,26 @@ def test_family(name: str) -> None:
     assert not explanation.ledger.fallbacks
     assert all(parameter.grad is None for parameter in family.parameters())
     assert any(relevance.any() for relevance in explanation.tensors())
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "path", "count"),
+    [
+        ("mamba", "transition", "*.layers.0.mixer", 11),  # every step but the first
+        ("mamba2", "transition", "*.layers.0.mixer", 4),  # in and between chunks
+        ("mixtral", "gate", "*.layers.0.mlp.experts", 2),  # the router, normalised, and the gate of the experts
+        ("qwen3_moe", "gate", "*.layers.0.mlp.experts", 2),  # as it is
+        ("deepseek_v3", "gate", "*.layers.1.mlp.experts", 2),  # by sigmoids, normalised
+        ("gpt_oss", "gate", "*.layers.0.mlp.experts", 1),  # scattered; the experts gate themselves
+    ],
+)
+def test_roles_as_transformers_writes_them(name: str, role: str, path: str, count: int) -> None:
+    """Decays of state-space models and routers are known as such in every release that writes them like this."""
+    if name not in CONFIG_MAPPING:
+        pytest.skip("this release of transformers does not have it")
+    family, inputs = build(name)
+    spy = Spy()
+    explain(family, inputs, target, composite=Composite.of("spy", {When(role=role, path=path): spy}))
+    runs, rest = divmod(len(spy.seen), count)
+    assert runs in (1, 2)  # once more where an activation was not kept
+    assert not rest

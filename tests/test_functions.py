@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -145,6 +146,51 @@ def test_a_function_of_the_same_name_is_not_taken_for_another() -> None:
 
     with pytest.raises(UnknownOperationError, match="comes from elsewhere"):
         explain(GeLUFunction.apply, draw(0, 3, 4), 0)
+
+
+BITS = "bitsandbytes.autograd._functions"
+
+
+class MatMul4Bit(torch.autograd.Function):
+    """What bitsandbytes has under this name: a product with a matrix that is kept in few bits."""
+
+    __module__ = BITS
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, out: None, bias: Tensor | None, state: Any) -> Tensor:
+        ctx.kept, ctx.biased = (b, state), bias is not None
+        return F.linear(a, state.restore(b), bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        b, state = ctx.kept
+        return g @ state.restore(b), None, None, g.sum((0, 1)) if ctx.biased else None, None
+
+
+class MatMul8bitLt(MatMul4Bit):
+    """The same that rounds its input too, to 1/8."""
+
+    __module__ = BITS
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, out: None, bias: Tensor | None, state: Any) -> Tensor:
+        return MatMul4Bit.forward(ctx, (a * 8).round() / 8, b, out, bias, state)
+
+
+@pytest.mark.parametrize("bias", ["none", "trainable", "frozen"])
+@pytest.mark.parametrize("function", [MatMul4Bit, MatMul8bitLt])
+def test_products_with_quantised_matrices(function: Any, bias: str) -> None:
+    """As with the matrix brought back; what rounding the input changed is a constant, as is a bias that is frozen."""
+    b, scale = torch.randint(-8, 8, (6, 5), generator=torch.Generator().manual_seed(0)), draw(1, 6, 1)
+    state = SimpleNamespace(restore=lambda b: b * scale)
+    added = None if bias == "none" else draw(2, 6).requires_grad_(bias == "trainable")
+    x, m = draw(3, 2, 3, 5), draw(4, 2, 3, 6)
+    found = explain(lambda x: function.apply(x, b, None, added, state), x, lambda y: (y * m).sum((1, 2)))
+    through = m @ (b * scale)
+    shift = 0.0 if added is None else float((m * added.detach()).sum())
+    rounding = float((((x * 8).round() / 8 - x) * through).sum()) if function is MatMul8bitLt else 0.0
+    trained = shift if bias == "trainable" else 0.0
+    agrees(found, [x * through], {"parameters": trained, "constants": shift - trained + rounding})
 
 
 def test_an_output_that_is_not_used(registry: dict[str, Any]) -> None:

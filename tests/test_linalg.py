@@ -365,6 +365,69 @@ def test_grouped_products_need_no_aligned_rows() -> None:
     same(ours.relevance.double(), explain(lambda x: loop(x, w.mT, ENDS), x, torch.sum).relevance, 1e-5)
 
 
+class Routed(nn.Module):
+    """Two of four experts for every token, as transformers writes it: their outputs are added by index."""
+
+    def __init__(self, normalised: bool, sigmoid: bool) -> None:
+        super().__init__()
+        self.router = nn.Linear(5, 4, bias=False)
+        self.up = nn.Parameter(torch.randn(4, 6, 5))
+        self.down = nn.Parameter(torch.randn(4, 5, 6))
+        self.normalised, self.sigmoid = normalised, sigmoid
+        self.double()
+
+    def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights and numbers of the chosen experts, and what the weights are divided by."""
+        scores = self.router(x)
+        p, index = (scores.sigmoid() if self.sigmoid else scores.softmax(-1)).topk(2, -1)
+        return p, index, p.sum(-1, keepdim=True) if self.normalised else torch.ones_like(p[:, :1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, index, total = self.weights(x)
+        p = p / total
+        result = torch.zeros_like(x)
+        for expert in index.unique():
+            token, place = torch.where(index == expert)
+            y = F.linear(torch.relu(F.linear(x[token], self.up[expert])), self.down[expert])
+            result.index_add_(0, token, y * p[token, place, None])
+        return result
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("composite", ["attnlrp", "cplrp"])
+def test_a_mixture_of_experts(composite: str, normalised: bool, sigmoid: bool, frozen: bool) -> None:
+    """Router and expert take half each, or the expert all; the sum that the router's weights are divided by is a
+    coefficient. The rest is piecewise linear, so it is gradient times input of what follows."""
+    model = Routed(normalised, sigmoid).requires_grad_(not frozen)
+    x, m = draw(0, 7, 5), draw(1, 7, 5)
+
+    def experts(x: Tensor, weights: Tensor) -> Tensor:
+        with torch.no_grad():
+            index = model.weights(x)[1]
+        each = torch.einsum("tkeh,tkh->tke", model.down[index], torch.einsum("tkhe,te->tkh", model.up[index], x).relu())
+        return (each * weights[..., None]).sum(1)
+
+    def surrogate(x: Tensor) -> Tensor:
+        p, _, total = model.weights(x)
+        whole = experts(x, (p / total).detach())
+        if composite == "cplrp":
+            return (whole * m).sum()
+        if sigmoid:  # its secant, m (f(x) - f(0)) / x, in place of its derivative
+            scores = model.router(x)
+            secant = ((scores.sigmoid() - 0.5) / scores).detach()
+            p = (scores * secant).gather(-1, model.weights(x)[1])
+        return ((whole + experts(x.detach(), p / total.detach())) * m).sum() / 2
+
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(surrogate(leaf), leaf)
+    found = explain(model, x, lambda y: (y * m).sum(-1), composite=composite)
+    same(found.relevance, x * gradient)
+    assert found.ledger.closes
+    assert not found.ledger.unresolved
+
+
 # Nested tensors ---------------------------------------------------------------------------------------------
 
 NESTED: dict[str, Function] = {

@@ -239,6 +239,54 @@ def test_a_softmax_times_a_constant_matrix() -> None:
         same(explain(lambda x: torch.softmax(x, -1) @ ratings, x, 0, composite=composite).relevance, expected)
 
 
+def _scattered(x: Tensor) -> Tensor:
+    value, place = torch.topk(x, 2, -1)
+    return torch.zeros_like(x).scatter_(-1, place, torch.softmax(value, -1))
+
+
+def _bounded(x: Tensor) -> Tensor:
+    p = torch.sigmoid(x)
+    return 2.5 * p / (p.sum(-1, keepdim=True) + 1e-20).clamp(min=1e-3)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        lambda x: torch.softmax(x, -1).topk(2, -1).values,
+        lambda x: (p := torch.softmax(x, -1).topk(2, -1).values) / p.sum(-1, keepdim=True),
+        lambda x: F.normalize(torch.softmax(x, -1), 1.0, -1),
+        lambda x: torch.softmax(x.topk(2, -1).values, -1)[:, [1, 0]],
+        _scattered,
+        lambda x: _scattered(x)[[0, 1]],
+        lambda x: torch.sigmoid(x).gather(-1, torch.tensor([[2, 1], [0, 1]])) * 3.0,
+        _bounded,
+    ],
+    ids=["chosen", "sum", "norm", "of the chosen", "scattered", "indexed", "sigmoid", "bounded"],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_router_is_a_gate(router: Callable[[Tensor], Tensor], swapped: bool) -> None:
+    def model(x: Tensor, y: Tensor) -> Tensor:
+        p = router(x)[:, 0:1]
+        return y * p if swapped else p * y
+
+    roles = found(model, X, Y)
+    assert roles["gate"] == [("MulBackward0", int(swapped))]
+    assert roles["attention"] == []
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x, y: (torch.softmax(x, -1) / y) * x,
+        lambda x, y: (x / x.sum(-1, keepdim=True)) * y,
+        lambda x, y: (torch.softmax(x, -1).topk(2, -1).values + y[:, :2]) * y[:, :2],
+    ],
+    ids=["divided by another", "no softmax", "a sum"],
+)
+def test_other_quotients_are_no_routers(model: Callable[[Tensor, Tensor], Tensor]) -> None:
+    assert found(model, X, Y.abs() + 1)["gate"] == []
+
+
 @pytest.mark.parametrize("statistic", ["rsqrt", "sqrt", "norm", "sum"])
 def test_statistics_carry_nothing(statistic: str) -> None:
     """What a tensor is divided by is a coefficient, also where it comes from a second tensor."""
