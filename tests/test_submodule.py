@@ -26,6 +26,7 @@ from dynlrp import (
 )
 from dynlrp.rules import VJP, AlphaBeta, Epsilon, Gamma, Gradient, Hold, Rule, Taylor, Whole, ZPlus
 from tests.conftest import Opaque, close, gradient_x_input, same, sample
+from tests.oracle import draw
 
 X = draw(0, 3, 4)
 
@@ -372,9 +373,9 @@ def test_a_constant_that_is_changed_later() -> None:
 
 def net() -> nn.Sequential:
     body = nn.Sequential(
-        nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Sequential(nn.Conv1d(4, 4, 3), nn.ReLU()), nn.Flatten(), nn.Linear(32, 16)
+        nn.Conv1d(8, 8, 3), nn.ReLU(), nn.Sequential(nn.Conv1d(8, 8, 3), nn.ReLU()), nn.Flatten(), nn.Linear(64, 16)
     )
-    return nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU(), body, nn.ReLU(), nn.Linear(16, 3)).double()
+    return nn.Sequential(nn.Conv1d(1, 8, 3), nn.ReLU(), body, nn.ReLU(), nn.Linear(16, 3)).double()
 
 
 PICTURE = draw(1, 2, 1, 14)
