@@ -7,9 +7,10 @@ import itertools
 import math
 import random
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -152,21 +153,28 @@ def _real(y: Tensor) -> list[Tensor]:
 
 
 def _draw(like: Tensor, seed: int) -> Tensor:
-    drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return drawn.to(like.dtype)
+    return _drawn(like.shape, like.dtype, seed)
+
+
+@lru_cache(maxsize=4096)
+def _drawn(shape: torch.Size, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def cases(op: Any, dtype: torch.dtype, limit: int, ways: int = 0) -> Iterator[Case]:
-    """Samples of an operator: the first ``limit``, and those that record other nodes; everything explained, and of
-    the first ``ways`` also every tensor alone."""
-    met: set[tuple[str, ...]] = set()
+    """Samples of an operator with everything explained: of those that record the same kinds of nodes for as many
+    tensors, the first ``limit``; and of the first ``ways`` samples also every tensor alone."""
+    met: Counter[tuple[frozenset[str], int]] = Counter()
     for number, sample in enumerate(_samples(op, dtype)):
         everything = _case(op, sample, f"sample {number}")
-        if everything is None or (number >= limit and everything.names in met):
+        if everything is None:
             continue
-        met.add(everything.names)
+        kind = (frozenset(everything.names), len(everything.tensors))
+        met[kind] += 1
+        if met[kind] > limit:
+            continue
         yield everything
-        if number < ways and len(everything.tensors) > 1:
+        if met.total() <= ways and len(everything.tensors) > 1:
             for place in range(min(len(everything.tensors), 4)):
                 for parameters in (False, True):
                     way = Way((place,), parameters)
@@ -174,12 +182,14 @@ def cases(op: Any, dtype: torch.dtype, limit: int, ways: int = 0) -> Iterator[Ca
                     yield Case(everything.call, everything.tensors, way, label, others=True)
 
 
-def in_half(op: Any, dtype: torch.dtype, limit: int) -> Iterator[tuple[Case, Case]]:
-    """The first samples in half precision, each with the same in float32."""
+def in_half(op: Any, dtype: torch.dtype, limit: int) -> Iterator[tuple[Case, Callable[[], Case | None]]]:
+    """Of the first samples in half precision one for each kind of nodes, each with what makes the same in float32."""
+    met: set[frozenset[str]] = set()
     for number, sample in enumerate(_samples(op, dtype, limit)):
-        case, single = (_case(op, sample, f"sample {number}", widened) for widened in (False, True))
-        if case is not None and single is not None:
-            yield case, single
+        case = _case(op, sample, f"sample {number}")
+        if case is not None and frozenset(case.names) not in met:
+            met.add(frozenset(case.names))
+            yield case, partial(_case, op, sample, f"sample {number}", widened=True)
 
 
 def in_place(op: Any, dtype: torch.dtype, limit: int) -> Iterator[tuple[Case, Case]]:
@@ -360,7 +370,7 @@ def other_gauge(case: Case) -> None:
 # Oracles: what the numbers say of the function --------------------------------------------------------------
 
 OWN_SHARES = {
-    "masked.cumprod",  # of the ones that stand where the mask is
+    "masked.cumprod", "masked.prod",  # of the ones that stand where the mask is
     "nn.functional.batch_norm", "native_batch_norm", "_native_batch_norm_legit",  # of the mean in the weight's product
 }  # fmt: skip
 """Operators with constants that take a share of a product, which the numbers alone do not tell from other constants."""

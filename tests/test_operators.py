@@ -84,12 +84,16 @@ def operators(*needed: torch.dtype) -> list[object]:
 
 
 def check(name: str, dtype: torch.dtype, limit: int, ways: int, summary: Summary) -> set[str]:
-    """The kinds of outcome where everything is explained."""
-    kinds, failures = set(), []
+    """The kinds of outcome where everything is explained. The first real sample of every kind is explained in both
+    gauges."""
+    kinds, failures, met = set(), [], set()
     for case in cases(OPERATORS[name], dtype, limit, ways):
         try:
             found = outcome(case)
             held = oracle(name, case, found.explanation) if found.explanation is not None else None
+            if dtype is torch.float64 and frozenset(case.names) not in met:
+                met.add(frozenset(case.names))
+                other_gauge(case)
         except AssertionError as error:
             failures.append(f"{case.label} {case.names}: {error}")
             continue
@@ -107,20 +111,14 @@ def check(name: str, dtype: torch.dtype, limit: int, ways: int, summary: Summary
 
 @pytest.mark.parametrize("name", operators())
 def test_operator(name: str, summary: Summary) -> None:
-    kinds = check(name, torch.float64, 6, 2, summary)
+    kinds = check(name, torch.float64, 2, 1, summary)
     assert ("blocked" in kinds) == (name in REASONS)
     assert ("no path" in kinds and "closes" not in kinds) == (name in COEFFICIENTS.split())
 
 
 @pytest.mark.parametrize("name", operators(torch.complex128))
 def test_operator_on_complex_numbers(name: str, summary: Summary) -> None:
-    check(name, torch.complex128, 3, 1, summary)
-
-
-@pytest.mark.parametrize("name", operators())
-def test_operator_in_the_other_gauge(name: str) -> None:
-    for case in cases(OPERATORS[name], torch.float64, 1):
-        other_gauge(case)
+    check(name, torch.complex128, 1, 1, summary)
 
 
 @pytest.mark.parametrize("name", [name for name, op in OPERATORS.items() if op.inplace_variant is not None])
@@ -141,13 +139,15 @@ def test_operator_in_half_precision(name: str) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         if dtype not in OPERATORS[name].supported_backward_dtypes("cpu"):
             continue
-        for case, single in in_half(OPERATORS[name], dtype, 3):
-            gradient, (expected, _) = case.gradient, attempt(single)
+        for case, widen in in_half(OPERATORS[name], dtype, 3):
+            found, error = attempt(case)
+            if found is not None and found.finite():
+                continue
+            single, gradient = widen(), case.gradient
+            expected = None if single is None else attempt(single)[0]
             if gradient is None or expected is None:
                 continue
             largest = torch.finfo(dtype).max / 8
             finite = case.finite(*case.given) and all(bool(g.isfinite().all()) for g in gradient)
             if finite and all(r is None or bool((r.abs() < largest).all()) for r in expected.relevance):
-                found, error = attempt(case)
-                assert found is not None, f"{dtype} {case.label}: {error}"
-                assert found.finite(), f"{dtype} {case.label}"
+                raise AssertionError(f"{dtype} {case.label}: {error or 'not finite'}")
