@@ -16,7 +16,7 @@ from dynlrp.rules.operation import REGISTRY, Gradient, Hold, Rule
 from dynlrp.rules.product import Ungated
 from dynlrp.rules.submodule import SUBMODULE
 
-ROLES = ("attention", "gate", "self gate", "transition")
+ROLES = ("attention", "gate", "self gate", "softmax", "transition")
 
 
 class Site(NamedTuple):
@@ -41,8 +41,8 @@ class When:
     """A condition on a place in the graph; what is left out always holds.
 
     ``family``: an operation family (``dense``, ``convolution``, ``product``, ``attention``, ``softmax``,
-    ``elementwise``, ``normalization``, ``addition`` ...). ``role``: ``attention``, ``gate``, ``self gate`` or
-    ``transition``. ``path``: a glob over
+    ``elementwise``, ``normalization``, ``addition`` ...). ``role``: ``attention``, ``gate``, ``self gate``,
+    ``softmax`` or ``transition``. ``path``: a glob over
     module paths, of the innermost module that an operation runs in. ``first`` / ``last``: linear operations with no
     other between them and the input / the output. ``name``: the exact node name.
 

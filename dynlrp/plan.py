@@ -259,6 +259,8 @@ class _Planner:
                 usual = operation.rule
                 if family != operation.family and operation.bilinear is not None:
                     usual = operation.bilinear
+                if "softmax" in role.names and operation.softmax is not None:
+                    usual = operation.softmax
                 site = Site(
                     family=family,
                     name=name,
@@ -316,7 +318,10 @@ class _Planner:
         return operation.family in ("recurrent", SUBMODULE) or self._is_linear(index, operation)
 
     def _family(self, index: int, operation: Operation) -> str:
-        """A matrix product or convolution is a linear layer only where no more than one factor depends on inputs."""
+        """A matrix product or convolution is a linear layer only where no more than one factor depends on inputs, and a
+        quotient may be a softmax."""
+        if operation.family == "quotient" and "softmax" in self.roles.get(index, NO_ROLE).names:
+            return "softmax"
         if operation.family not in ("dense", "convolution"):
             return operation.family
         factors = [

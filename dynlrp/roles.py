@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import NamedTuple
 
 from dynlrp.graph import Edge, Structure
-from dynlrp.rules.operation import REGISTRY
+from dynlrp.rules.operation import REGISTRY, VJP
 
 POINTWISE = frozenset({"elementwise", "piecewise linear", "scaling", "addition", "product", "quotient"})
 STATISTICS = POINTWISE | {"reduction", "choice", "statistic"}
@@ -27,13 +28,16 @@ def roles(structure: Structure) -> dict[int, Role]:
     """Roles by node index.
 
     ``attention``: a softmax whose rows weigh another signal in a product, and that product.
+    ``softmax``: exponentials and their quotient by their own sum, a softmax written out; of the family ``softmax``.
     ``self gate``: a product ``x * g(x)`` of a tensor and a pointwise function of the same tensor.
     ``transition``: a product of a signal and an exponential of another, the decay of a state (Mamba); a matrix product
     where it is the exponential of a running sum, the decay over many steps at once (Mamba-2).
     ``gate``: a product with another operand that comes through a sigmoid, silu, gelu or tanh. Of two such operands
     the one that is never negative is the gate (a sigmoid before a tanh).
     """
-    found: dict[int, Role] = {}
+    written = _written_softmaxes(structure)
+    softmax = Role(frozenset({"softmax"}))
+    found: dict[int, Role] = {index: softmax for quotient, parts in written.items() for index in (quotient, *parts)}
     for index, (name, operands) in enumerate(zip(structure.names, structure.operands, strict=True)):
         operation = REGISTRY.get(name)
         if operation is None or (operation.family != "product" and operation.bilinear is None):
@@ -41,15 +45,16 @@ def roles(structure: Structure) -> dict[int, Role]:
         factors = [(i, edge) for i, edge in enumerate(operands) if edge is not None and operation.letter(i) == "*"]
         if len(factors) < 2:
             continue
-        router = next((i for i, edge in factors if _routes(structure, edge)), None)
+        router = next((i for i, edge in factors if _routes(structure, edge, written)), None)
         if router is not None and operation.family == "product":
             found[index] = Role(frozenset({"gate"}), gate=router)
             continue
         ends = {i: _through_copies(structure, edge) for i, edge in factors}
         for end in ends.values():
             weights = REGISTRY.get(structure.names[end.node])
-            if weights is not None and weights.family == "softmax":
-                found[end.node] = found[index] = Role(frozenset({"attention"}))
+            if end.node in written or (weights is not None and weights.family == "softmax"):
+                found[index] = Role(frozenset({"attention"}))
+                found[end.node] = Role(found.get(end.node, NO_ROLE).names | {"attention"})
         over = next((i for i, end in ends.items() if _decays_by_sums(structure, end)), None)
         if over is not None:
             found[index] = Role(frozenset({"transition"}), gate=over)
@@ -93,7 +98,45 @@ def _through_multiples(structure: Structure, edge: Edge) -> Edge:
         edge = factors[0]
 
 
-def _routes(structure: Structure, edge: Edge) -> bool:
+def _written_softmaxes(structure: Structure) -> dict[int, set[int]]:
+    """Quotients of exponentials by their own sum, and the exponentials."""
+    found: dict[int, set[int]] = {}
+    for index, (name, operands) in enumerate(zip(structure.names, structure.operands, strict=True)):
+        operation = REGISTRY.get(name)
+        if operation is None or operation.softmax is None or operation.family != "quotient":
+            continue
+        numerator, denominator = operands
+        summed = None if denominator is None else _summand(structure, denominator)
+        if numerator is None or summed is None:
+            continue
+        above, below = (_through_multiples(structure, edge).node for edge in (numerator, summed))
+        exponential = REGISTRY.get(structure.names[above])
+        # The same tensor, or the same function of the same tensor.
+        again = (
+            structure.names[above] == structure.names[below] and structure.operands[above] == structure.operands[below]
+        )
+        same = summed == _through_copies(structure, numerator) or (again and summed.node == below)
+        if exponential is not None and exponential.softmax is not None and same:
+            found[index] = {above, below}
+    return found
+
+
+def _summand(structure: Structure, edge: Edge) -> Edge | None:
+    """What a tensor is the sum of over some of its entries, maybe with a constant added."""
+    while True:
+        edge = _through_copies(structure, edge)
+        operation = REGISTRY.get(structure.names[edge.node])
+        present = [e for e in structure.operands[edge.node] if e is not None]
+        if operation is None or len(present) != 1 or not isinstance(operation.rule, VJP):
+            return None
+        if operation.family == "reduction":
+            return _through_copies(structure, present[0])
+        if operation.family != "addition":
+            return None
+        edge = present[0]
+
+
+def _routes(structure: Structure, edge: Edge, written: Container[int]) -> bool:
     """Whether a tensor holds entries of a softmax or gate that were chosen, or divided by their sum or norm."""
     routed = False
     while True:
@@ -101,7 +144,7 @@ def _routes(structure: Structure, edge: Edge) -> bool:
         present = [e for e in operands if e is not None]
         if operation is None or not present:
             return False
-        if operation.family == "softmax" or operation.gate:
+        if operation.family == "softmax" or operation.gate or edge.node in written:
             return routed
         alone = len(present) == 1
         if operation.family == "quotient" and operands[0] is not None:

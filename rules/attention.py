@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlrp.rules.operation import Grads, Operation, Rule, Step, dot, register
+from dynlrp.rules.operation import Grads, Operation, Rule, Step, dot, inner, register
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,33 @@ class LogSoftmaxVJP(Rule):
         if m is not None:
             g, passed, log = _elements(grads[0], m, step.saved("result"))
             step.book("offsets", dot(g - passed, torch.where(log == -torch.inf, 0.0, log)))
+        return [m]
+
+
+@dataclass(frozen=True)
+class Normalised(Rule):
+    """The quotient of a softmax that is written out, p = e / sum(e), by its VJP: m_e = (m - sum(m p)) / sum(e). It is
+    of degree 0 in e, so all of m p is an offset, as softmax has it (Achtibat et al. 2024)."""
+
+    def operands(self, operation: Operation, gate: int | None) -> str:
+        return "+"
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        if grads[0] is not None:
+            step.book("offsets", inner(grads[0], step.saved("self") / step.saved("other")))
+        return step.vjp(grads)
+
+
+@dataclass(frozen=True)
+class Exponential(Rule):
+    """The exponential of a softmax that is written out, e = exp(x), by its VJP: m_x = m e. What that leaves over,
+    m e - m e log e, is an offset, as softmax has it (Achtibat et al. 2024)."""
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        (m,) = step.vjp(grads)
+        if m is not None:
+            e = step.saved("result")
+            step.book("offsets", m.sum() - dot(m, torch.where(e > 0, e, 1.0).log()))
         return [m]
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynlrp.rules.attention import Exponential
 from dynlrp.rules.operation import (
     OUTPUT,
     Grads,
@@ -259,6 +260,7 @@ elementwise(
     result="result",
     sign="nonnegative",
     decay=True,
+    softmax=Exponential(),
 )
 elementwise(
     "Exp2Backward0",

@@ -250,6 +250,8 @@ class Operation:
     """``rows(step, relevance, table)``: relevance of each index, where an output is more than one row of the table."""
     gate: bool = False
     """A product with this function's value is gated."""
+    softmax: Rule | None = None
+    """The rule where it is a part of a softmax that is written out."""
     decay: bool = False
     """A signal times this function's value is a state that decays."""
     running: bool = False

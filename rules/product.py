@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynlrp.rules.attention import Normalised
 from dynlrp.rules.operation import Grads, Need, Operation, Replay, Rule, Step, StepShape, linear_operation, register
 
 
@@ -123,7 +124,7 @@ register(
         "MulBackward0", "product", rule=Shares(), operands="**", saved=SAVED, replay=_multiply, math=Elementwise()
     )
 )
-_quotient("DivBackward0", _divide)
+_quotient("DivBackward0", _divide, softmax=Normalised())
 _quotient("DivBackward2", _divide_rounded, **ROUNDED)
 
 

@@ -668,19 +668,87 @@ def test_softmax_of_sequences_of_different_length() -> None:
     agrees(explain(nested, x, lambda y: (y * m).sum()), plain.relevance, {"offsets": plain.ledger.accounts["offsets"]})
 
 
-def test_a_quotient_of_exponentials_is_not_softmax() -> None:
-    """Written with exp and a sum, the sum is a coefficient and exp its secant: finite, and in the ledger."""
-    x, mask = draw(0, 3, 4), torch.zeros(3, 4).double()
-    mask[0, 2] = -math.inf
+def _plain_quotient(x: Tensor) -> Tensor:
+    e = x.exp()
+    return e / e.sum(-1, keepdim=True)
 
-    def written_out(x: Tensor) -> Tensor:
-        scores = x + mask
-        e = torch.exp(scores - scores.amax(-1, keepdim=True))
-        return e / e.sum(-1, keepdim=True)
 
-    explanation = explain(written_out, x, torch.sum)
-    assert explanation.finite()
-    assert math.isfinite(explanation.ledger.residual)
+def _shifted(x: Tensor) -> Tensor:
+    e = torch.exp(x - x.amax(-1, keepdim=True))
+    return e / e.sum(-1, keepdim=True)
+
+
+def _detached(x: Tensor) -> Tensor:
+    e = torch.exp(x - x.detach().max(-1, keepdim=True).values)
+    return e / e.sum(-1)[:, None]
+
+
+def _masked(x: Tensor) -> Tensor:
+    e = torch.exp(x) * (torch.arange(x.shape[-1]) < 3)
+    return (e.unsqueeze(0) / e.sum(-1, keepdim=True).expand_as(e))[0]
+
+
+def _twice(x: Tensor) -> Tensor:
+    return torch.exp(x) / torch.sum(torch.exp(x), -1, keepdim=True)
+
+
+SOFTMAXES = {"twice": _twice, "plain": _plain_quotient, "shifted": _shifted, "detached": _detached, "masked": _masked}
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("composite", [*SHARES, "gradient_x_input"])
+@pytest.mark.parametrize("way", SOFTMAXES)
+def test_softmax_written_out(way: str, composite: str, mask: bool) -> None:
+    """By exponentials and their sum it is explained as softmax, alone and as the weights of attention."""
+    hidden = torch.tensor([[0.0, 0.0, 0.0, -math.inf], [0.0, 0.0, 0.0, -math.inf], [0.0, 0.0, -math.inf, -math.inf]])
+    x, v, m = draw(0, 3, 4), draw(1, 4, 2), draw(2, 3, 2)
+    bias = hidden.double() if mask or way == "masked" else torch.zeros(3, 4).double()
+
+    def weights(softmax: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return softmax(x + bias)
+
+    for model, inputs in (
+        (lambda softmax: lambda x: weights(softmax, x) @ v, (x,)),
+        (lambda softmax: lambda x, v: weights(softmax, x) @ v, (x, v)),
+        (lambda softmax: lambda x, v: weights(softmax, x @ v), (draw(3, 3, 5), draw(4, 5, 4))),
+    ):
+        g = m if model(torch.sigmoid)(*inputs).shape == m.shape else draw(5, 3, 4)
+        found, expected = (
+            explain(model(softmax), inputs, lambda y, g=g: (y * g).sum(-1), composite=composite)
+            for softmax in (SOFTMAXES[way], lambda x: torch.softmax(x, -1))
+        )
+        agrees(found, [r for r in expected.relevance if r is not None], expected.ledger.accounts)
+
+
+def test_a_softmax_with_a_constant_below() -> None:
+    """A quotient by the sum and a constant: multipliers are those of its derivative, and the ledger closes."""
+    x, m = draw(0, 3, 4), draw(1, 3, 4)
+
+    def softmax(x: Tensor) -> Tensor:
+        e = x.exp()
+        return e / (e.sum(-1, keepdim=True) + 0.5)
+
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((softmax(leaf) * m).sum(), leaf)
+    agrees(explain(softmax, x, lambda y: (y * m).sum(-1)), x * gradient)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: x.exp() / x.tanh().exp().sum(-1, keepdim=True),
+        lambda x: x.exp() / x.sum(-1, keepdim=True),
+        lambda x: x.exp() / x.exp().prod(-1, keepdim=True),
+        lambda x: x.cosh() / x.cosh().sum(-1, keepdim=True),
+    ],
+    ids=["another exponential", "another sum", "a product", "another function"],
+)
+def test_other_quotients_are_no_softmax(other: Callable[[Tensor], Tensor]) -> None:
+    """What divides is a coefficient."""
+    x, m = draw(0, 3, 4).abs(), draw(1, 3, 4)
+    ledger = explain(other, x, lambda y: (y * m).sum(-1)).ledger
+    assert ("offsets", "DivBackward0") not in ledger.by_operation()
+    assert ledger.closes
 
 
 def test_only_the_softmax_of_attention_is_held_in_cplrp() -> None:
