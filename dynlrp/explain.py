@@ -386,7 +386,7 @@ class _Run:
                 raise InputError(
                     f"composite {self.composite.name!r} selects the module {when.module!r}: "
                     + (
-                        "no module of that name ran, or only inside of one that is a step or has a composite already"
+                        "no module that has this as its first name ran, or only inside of one that is a step already"
                         if self.recording is not None
                         else "a graph alone does not tell which modules it is from, use explain()"
                     )

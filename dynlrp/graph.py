@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -85,12 +84,13 @@ class Graph:
     steps: Sequence[Any] = ()
     """Nodes that stand for calls of modules."""
 
-    def __init__(self, root: Node, children: Callable[[Node], Children] = attrgetter("next_functions")) -> None:
+    def __init__(self, root: Node, children: Mapping[Node, Children] | None = None) -> None:
+        """``children`` stand in for the nodes' own ``next_functions``."""
         found = [root]
         self._index: dict[Node, int] = {root: 0}
         index, links = self._index, []
         for node in found:  # which grows
-            for child, output in children(node):
+            for child, output in node.next_functions if children is None else children[node]:
                 if child is None:
                     links.append(NOTHING)
                     continue

@@ -23,7 +23,8 @@ class Submodule:
     """One call of a module, as a node.
 
     Its outputs are what the module returned, and behind them whatever else of it is used outside; its operands what it
-    was called with, and behind them other results of outer operations that it used. Parameters are inside.
+    was called with, and behind them whatever else it used: results of outer operations, and its parameters, which get
+    nothing.
     """
 
     def __init__(self, call: Call) -> None:
@@ -32,7 +33,7 @@ class Submodule:
         self.nodes: list[Node] = []
         """What is inside, operands first."""
         self.leaves: set[Node] = set()
-        """Parameters that are used inside."""
+        """Parameters that were not handed in."""
         self.operands: list[tuple[Node, int] | None] = []
         self.outputs: dict[tuple[Node, int], int] = {}
         """Output number by inner node and its output."""
@@ -83,8 +84,7 @@ class Submodule:
         given = self.call.inputs.edges
         others = [edge for edge in used if edge not in given]
         self.leaves = {node for node, _ in others if node.name() == LEAF}
-        self.operands = [edge if edge in used else None for edge in given]
-        self.operands += [edge for edge in others if edge[0] not in self.leaves]
+        self.operands = [*(edge if edge in used else None for edge in given), *others]
 
     def __call__(self, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The module's own vector-Jacobian product."""
@@ -137,7 +137,7 @@ class Gathered(Graph):
             raise InputError(
                 f"module {path!r} cannot be one step: an operation outside of it lies between two inside"
             ) from None
-        super().__init__(self._owners.get(root, root), children.__getitem__)
+        super().__init__(self._owners.get(root, root), children)
 
     def _outer(self, edge: tuple[Node | None, int] | None) -> tuple[Node | None, int]:
         if edge is None:

@@ -2,7 +2,7 @@
 
 Its operands are the tensors that the module was called with, in order (positional arguments, then keyword arguments,
 containers flattened), and behind them the other tensors of the graph that it used; its outputs are the tensors that it
-returned. Parameters of the module are inside. What goes in by the outputs and does not come out by the operands is
+returned. Parameters of the module get nothing. What goes in by the outputs and does not come out by the operands is
 booked as held back.
 """
 

@@ -255,6 +255,24 @@ def test_the_result_of_a_step_is_written_over(rule: Rule) -> None:
     assert expected.ledger.closes
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_step_of_parameters_alone(frozen: bool) -> None:
+    """A learned prompt depends on no input: what meets it goes to the parameters."""
+
+    class Prompt(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(4, 5)
+
+        def forward(self) -> Tensor:
+            return self.table.weight[1].sin()
+
+    model = Wired(lambda m, x: m.last(m.first(x) + m.prompt()), prompt=Prompt()).requires_grad_(not frozen)
+    found = holds_as_gradient(model, "prompt")
+    same(found, explain(model, X, lambda y: y[:, 1]))
+    assert found.ledger.accounts["parameters"] != 0
+
+
 def test_operations_without_a_rule_are_covered_by_the_step() -> None:
     class Inside(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -445,8 +463,9 @@ def test_paths_reach_into_operations_that_are_run_again() -> None:
 # What cannot be -----------------------------------------------------------------------------------------------
 
 
-def test_layers_and_parameters_inside_a_step() -> None:
-    model = Wired(lambda m, x: m.last(m.step(m.first(x))), step=mlp())
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layers_and_parameters_inside_a_step(frozen: bool) -> None:
+    model = Wired(lambda m, x: m.last(m.step(m.first(x))), step=mlp()).requires_grad_(not frozen)
     with pytest.raises(InputError, match=r"layer 'step\.0' runs inside 'step'"):
         explain(model, X, 1, composite=step(VJP(), "step"), layers="step.0")
     with pytest.raises(InputError, match=r"parameter 'step\.0\.weight' is used inside of 'step'"):
@@ -466,7 +485,7 @@ def test_ids_that_are_read_inside_a_step() -> None:
 
 def test_selections_that_meet_no_module() -> None:
     model = Wired(lambda m, x: m.last(m.step(m.first(x))), step=mlp())
-    with pytest.raises(InputError, match="selects the module 'stepp': no module of that name ran"):
+    with pytest.raises(InputError, match="selects the module 'stepp': no module that has this"):
         explain(model, X, 1, composite=step(VJP(), "stepp"))
     with pytest.raises(InputError, match=r"selects the module 'step\.0': .*only inside"):
         explain(model, X, 1, composite=step(VJP(), "step", "step.0"))
