@@ -19,7 +19,7 @@ from dynlrp import Explanation
 settings.register_profile(
     "dynlrp",
     deadline=None,
-    max_examples=25,
+    max_examples=10,
     derandomize=bool(os.environ.get("CI")),
     database=None,
     phases=(Phase.explicit, Phase.generate, Phase.shrink),
