@@ -311,6 +311,13 @@ class _Planner:
             return Kind.CONSTANT
         return Kind.SIGNAL if edge in self.sources else self.kinds[edge.node]
 
+    def _is_its_gradient(self, index: int, operation: Operation) -> bool:
+        """Whether the plain derivative is the operation's own rule, in all its operands."""
+        operands = enumerate(self.s.operands[index])
+        coefficients = any(edge is not None and operation.letter(position) == "-" for position, edge in operands)
+        held = operation.holds is not None and operation.holds(self.facts.get(index))
+        return type(operation.rule) is VJP and not coefficients and not held
+
     def _is_linear(self, index: int, operation: Operation) -> bool:
         return operation.family in ("dense", "convolution") and self._family(index, operation) == operation.family
 
@@ -432,7 +439,7 @@ class _Planner:
         operands = self.s.operands[index]
         operation = REGISTRY.get(name)
         rule = self.rules[index]
-        fallback = isinstance(rule, Gradient) and operation is not None and not isinstance(operation.rule, VJP)
+        fallback = isinstance(rule, Gradient) and operation is not None and not self._is_its_gradient(index, operation)
         if operation is None or rule is None:
             if self.on_unknown != "gradient":
                 unknown.append((index, name))

@@ -257,7 +257,8 @@ class Bag(Rule):
         return [None if m is None else m / 2 for m in results] if all(step.signals) else results
 
 
-def _bag(step: Any, table: Tensor, weights: Tensor | None) -> Tensor:
+def _bag(step: Any, table: Tensor | None, weights: Tensor | None) -> Tensor:
+    table = step.saved("weight") if table is None else table
     weights = step.saved("per_sample_weights") if weights is None else weights
     bags, offsets = step.node._input_metadata[0].shape[0], step.saved("offsets")
     result: Tensor = torch.ops.aten._embedding_bag_forward_only(

@@ -73,11 +73,13 @@ def _solution(name: str, operands: str, matrix: str, **traits: Any) -> None:
     linear_operation(name, operands=operands, saved={operands.index("-"): matrix}, **traits)
 
 
-def _lu_solve(step: Any, lu: Tensor | None, b: Tensor) -> Tensor:
+def _lu_solve(step: Any, lu: Tensor | None, b: Tensor | None) -> Tensor:
+    x: Tensor
+    if b is None:  # a constant; where the matrix is not, the node keeps the solution
+        x = step.saved("result")
+        return x
     lu = step.saved("LU") if lu is None else lu
-    x: Tensor = torch.linalg.lu_solve(
-        lu, step.saved("pivots"), b, left=step.saved("left"), adjoint=step.saved("adjoint")
-    )
+    x = torch.linalg.lu_solve(lu, step.saved("pivots"), b, left=step.saved("left"), adjoint=step.saved("adjoint"))
     return x
 
 

@@ -367,6 +367,20 @@ def other_gauge(case: Case) -> None:
     _same(ours, found, "in the other gauge", 4 * case.rounding)
 
 
+def by_gradient(case: Case) -> None:
+    """Explained by its gradient, relevance is gradient times input, and what that does not conserve is booked."""
+    explanation, _ = attempt(case, "gradient_x_input")
+    if explanation is None or case.gradient is None:
+        return
+    expected = [_product(g, x) for g, x in zip(case.gradient, case.given, strict=True)]
+    if all(bool(e.isfinite().all()) for e in expected):
+        _same(explanation, expected, "by its gradient", 4 * case.rounding)
+        ledger = explanation.ledger
+        largest = max([SMALL, abs(ledger.output), *map(abs, ledger.accounts.values())])
+        error = abs(ledger.residual) / largest
+        assert error <= max(10 * CLOSES, 4 * case.rounding), f"by its gradient the ledger does not close: {error:.1e}"
+
+
 # Oracles: what the numbers say of the function --------------------------------------------------------------
 
 OWN_SHARES = {

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.operators import OPERATORS, attempt, cases, in_half, in_place, oracle, other_gauge, outcome
+from tests.operators import OPERATORS, attempt, by_gradient, cases, in_half, in_place, oracle, other_gauge, outcome
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of operators that are old, or given too little
 
@@ -85,7 +85,7 @@ def operators(*needed: torch.dtype) -> list[object]:
 
 def check(name: str, dtype: torch.dtype, limit: int, ways: int, summary: Summary) -> set[str]:
     """The kinds of outcome where everything is explained. The first real sample of every kind is explained in both
-    gauges."""
+    gauges, and by its gradient."""
     kinds, failures, met = set(), [], set()
     for case in cases(OPERATORS[name], dtype, limit, ways):
         try:
@@ -94,6 +94,7 @@ def check(name: str, dtype: torch.dtype, limit: int, ways: int, summary: Summary
             if dtype is torch.float64 and frozenset(case.names) not in met:
                 met.add(frozenset(case.names))
                 other_gauge(case)
+                by_gradient(case)
         except AssertionError as error:
             failures.append(f"{case.label} {case.names}: {error}")
             continue
