@@ -6,10 +6,11 @@ import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
@@ -160,6 +161,32 @@ def relevance(
     return explanation
 
 
+def settle(
+    model: Callable[..., Any],
+    inputs: Any,
+    target: Target = None,
+    *,
+    composite: str | Composite = "auto",
+    output: str | int | None = None,
+    allow_training: bool = False,
+) -> tuple[Settled, int]:
+    """What :func:`explain` does up to the point where relevance moves, and the runs of the model that it takes.
+
+    Operations without a rule are no error: their steps are marked as fallbacks.
+    """
+    frozen, buffers = survey(model, allow_training)
+    request = _Request(model, inputs, target, composite_named(composite), (), (), output, "gradient", frozen)
+    fake = active_fake_mode() is not None  # draws nothing, and the model is a copy
+    with nullcontext() if fake else same_state(buffers, allow_training):
+        try:
+            settled = request.forward(release=False).settle(check=False)
+            if not settled.ledger.unresolved:
+                return settled, 1
+        except BrokenPromiseError:
+            pass
+        return request.forward(release=False, record=True).settle(check=False), 2
+
+
 def _check(on_unknown: str) -> None:
     if on_unknown not in ("error", "gradient"):
         raise InputError(f"on_unknown is 'error' or 'gradient', not {on_unknown!r}")
@@ -167,6 +194,21 @@ def _check(on_unknown: str) -> None:
 
 def _names(names: Names) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+class Settled(NamedTuple):
+    """A graph that relevance can travel through."""
+
+    graph: Graph
+    structure: Structure
+    plan: Plan
+    walk: Walk
+    promises: Promises
+    ledger: Ledger
+    keep: tuple[Edge, ...]
+    """Tensors whose relevance is wanted."""
+    path: Callable[[int], str]
+    """Module path of an operation by its sequence number."""
 
 
 class _Run:
@@ -219,11 +261,11 @@ class _Run:
         """
         groups: list[list[int]] = [[] for _ in inputs]
         copied: list[tuple[int, Tensor]] = []
-        memory = {ids.untyped_storage().data_ptr(): number for number, ids in enumerate(inputs)}
+        memory = {ids.untyped_storage()._cdata: number for number, ids in enumerate(inputs)}
         for index in self.graph.skeleton.lookups:
             operation = REGISTRY[self.graph.names[index]]
             indices = saved(self.graph.nodes[index], operation.lookup)
-            number = memory.get(indices.untyped_storage().data_ptr())
+            number = memory.get(indices.untyped_storage()._cdata)
             if number is None:
                 copied.append((index, indices))
             else:
@@ -301,7 +343,8 @@ class _Run:
                 "call backward(retain_graph=True)."
             ) from error
 
-    def _explain(self, check: bool) -> Explanation:
+    def settle(self, check: bool) -> Settled:
+        """The rule of every operation and the keeper of every promise, without touching data."""
         sources = [edge for edge, _ in self.wanted if edge is not None]
         if not sources:
             raise NoPathError(
@@ -321,13 +364,22 @@ class _Run:
         )
         plan = self._plan(structure)
         ledger = Ledger()
-        ledger._output = self.value.sum()
         promises = Promises(self.graph, plan.consumers, self.captured)
         expand = Expander(self.composite, self.on_unknown, ledger, self._running)
         ledger._path = expand.path
         walk = Walk(plan, self.graph, promises, ledger, expand, check=check, release=self.release)
         tables = [rows.table for _, rows in self.wanted if rows is not None and rows.table is not None]
         walk.settle([edge for edge in keep if edge not in plan.relevance_edges] + tables)
+        return Settled(self.graph, structure, plan, walk, promises, ledger, keep, self._path)
+
+    def _path(self, sequence: int) -> str:
+        """Path of the innermost module that an operation ran in."""
+        return innermost(self._running(sequence))
+
+    def _explain(self, check: bool) -> Explanation:
+        _, _, plan, walk, promises, ledger, keep, _ = self.settle(check)
+        ledger._output = self.value.sum()
+        sources = [edge for edge, _ in self.wanted if edge is not None]
         visited = plan.visited
         sequences = {edge: self.graph.nodes[edge.node]._sequence_nr() for edge in sources}
         if self.release:
@@ -482,7 +534,7 @@ class _Request:
             aliases = Aliases(frozen, [self.model.get_parameter(n) for n in names]) if frozen else None
             recorder = Recorder() if record else None
             with recording.watching(), aliases or nullcontext(), recorder or nullcontext():
-                result = _call(self.model, arguments)
+                result = call(self.model, arguments)
             found = find_output(result, self.output)
             sizes = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
             plain = self.target is None or isinstance(self.target, int)
@@ -581,7 +633,8 @@ def _entry(argument: Any) -> tuple[Node, int] | None:
     return node, number
 
 
-def _call(model: Any, arguments: Any) -> Any:
+def call(model: Any, arguments: Any) -> Any:
+    """Run a model on a tensor, on positional or on keyword arguments."""
     if isinstance(arguments, dict):
         return model(**arguments)
     if isinstance(arguments, tuple | list):

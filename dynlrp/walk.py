@@ -69,7 +69,7 @@ class LiveStep:
     def operand(self, index: int) -> Tensor:
         own = self._own(index)
         if own is not None:
-            return own
+            return own.detach()
         edge = self.plan.operands[index]
         assert edge is not None
         return self._walk.promises.take(edge)
@@ -115,7 +115,7 @@ class LiveStep:
         if attribute is None:
             return None
         value = self.saved(attribute)
-        return value.detach() if isinstance(value, Tensor) else None
+        return value if isinstance(value, Tensor) else None
 
     def _result(self, number: int) -> str:
         """The attribute that holds an output."""

@@ -1,0 +1,372 @@
+"""How much of a model can be explained, and how well: :func:`coverage` of one model, as plain data."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from dynlrp.composite import Composite
+from dynlrp.errors import DynLRPError, InputError
+from dynlrp.explain import Settled, call, explain, settle
+from dynlrp.fake import faked
+from dynlrp.graph import LEAF
+from dynlrp.plan import StepPlan
+from dynlrp.roles import roles
+from dynlrp.rules.operation import REGISTRY
+from dynlrp.target import Seed, Target, find_output, make_seed
+
+Made = TypeVar("Made")
+
+TIMED = 0.3
+"""Seconds after which a time is not taken again."""
+
+
+@dataclass(frozen=True)
+class OperationCount:
+    """One operation of a model's graph."""
+
+    name: str
+    family: str
+    rules: tuple[str, ...]
+    """The rules at the nodes that relevance reaches; none where it reaches no such node."""
+    nodes: int
+    reached: int
+    """Nodes that relevance passes through. It does not reach what only makes coefficients or weights."""
+    covered: int
+
+
+@dataclass(frozen=True)
+class Uncovered:
+    """Nodes of one operation in one module that have no rule of their own."""
+
+    operation: str
+    path: str
+    nodes: int
+    reached: bool
+    reason: str
+    """Why it is blocked on purpose; else empty."""
+    nearest: str
+    """The operation of the most similar name that has a rule; may be empty."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What an explanation of a model with weights gave."""
+
+    balanced: tuple[str, ...] = ()
+    """Operations all of whose nodes let through as much relevance as they got, or booked the rest."""
+    residual: float = 0.0
+    """What the ledger misses, relative to its largest amount."""
+    closes: bool = False
+    finite: bool = False
+    unchanged: bool = False
+    """The explained output is, bit for bit, what the model gives without dynlrp."""
+    gradient_seconds: float = 0.0
+    """Forward pass and gradient of the inputs."""
+    explain_seconds: float = 0.0
+    error: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the explanation can be relied on."""
+        return self.closes and self.finite and self.unchanged and not self.error
+
+    @property
+    def ratio(self) -> float:
+        """The time of an explanation against forward and gradient."""
+        return self.explain_seconds / self.gradient_seconds if self.gradient_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The report on one model. A node is an operation of its autograd graph; leaves (parameters) are counted apart."""
+
+    model: str
+    title: str = ""
+    published: int = 0
+    """Parameters, as the model's authors give them."""
+    modality: str = ""
+    composite: str = ""
+    parameters: int = 0
+    nodes: int = 0
+    leaves: int = 0
+    reached: int = 0
+    """Nodes that relevance passes through."""
+    covered: int = 0
+    """Nodes with a rule of their own: registered, not blocked, and no fallback."""
+    operations: tuple[OperationCount, ...] = ()
+    uncovered: tuple[Uncovered, ...] = ()
+    roles: dict[str, int] = field(default_factory=dict)
+    promises: int = 0
+    replayed: int = 0
+    delta: int = 0
+    """Replayed operations on the longest chain to a kept promise."""
+    rho: float = 0.0
+    """Replayed nodes per node that relevance visits."""
+    runs: int = 1
+    """Runs of the model that an explanation takes: 2 where it has to record activations that nobody kept."""
+    fake: bool = True
+    """The graph was captured without numbers; else the model ran."""
+    seconds: float = 0.0
+    """What this report took, without the verification."""
+    verification: Verification | None = None
+    error: str = ""
+    """Why there is no report."""
+
+    @property
+    def verified(self) -> int:
+        """Covered nodes whose operation balances in the verified run."""
+        if self.verification is None or self.verification.error:
+            return 0
+        balanced = set(self.verification.balanced)
+        return sum(operation.covered for operation in self.operations if operation.name in balanced)
+
+    @property
+    def operations_covered(self) -> int:
+        """Operations all of whose nodes are covered."""
+        return sum(operation.covered == operation.nodes for operation in self.operations)
+
+    @property
+    def status(self) -> str:
+        """``covered``, ``verified`` where that was asked for, or what is wrong."""
+        if self.error:
+            return "failed"
+        if self.covered < self.nodes:
+            return "gaps"
+        if self.verification is None:
+            return "covered"
+        return "verified" if self.verification.passed else "not verified"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, with what follows from it."""
+        derived = {name: getattr(self, name) for name in ("status", "verified", "operations_covered")}
+        return {**asdict(self), **derived}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Coverage:
+        """What :meth:`to_dict` made."""
+        own = {f.name: data[f.name] for f in fields(cls)}
+        own["operations"] = tuple(OperationCount(**{**o, "rules": tuple(o["rules"])}) for o in own["operations"])
+        own["uncovered"] = tuple(Uncovered(**u) for u in own["uncovered"])
+        if own["verification"] is not None:
+            made = own["verification"]
+            own["verification"] = Verification(**{**made, "balanced": tuple(made["balanced"])})
+        return cls(**own)
+
+    def __str__(self) -> str:
+        if self.error:
+            return f"{self.model}: failed: {self.error}"
+        text = f"{self.model}: {self.covered} of {self.nodes} nodes covered"
+        text += f", {self.operations_covered} of {len(self.operations)} operations"
+        if self.verification is not None:
+            text += f", {self.verified} nodes verified, ledger open by {self.verification.residual:.1e}"
+        return text
+
+
+def coverage(
+    model: Callable[..., Any],
+    inputs: Any,
+    target: Target = None,
+    *,
+    composite: str | Composite = "auto",
+    output: str | int | None = None,
+    verify: bool = False,
+    allow_training: bool = False,
+    name: str = "",
+) -> Coverage:
+    """Report which operations of a model have rules, before anything is explained.
+
+    The graph is captured with fake tensors, so nothing is computed and a model on the ``meta`` device needs no memory
+    for its weights. Only a model that reads numbers of its tensors runs for real. The model is not touched.
+
+    Args:
+        model, inputs, target, composite, output, allow_training: as for :func:`dynlrp.explain`.
+        verify: explain it too, to see that the ledger closes, and take the times.
+        name: what the report calls the model; by default its class.
+
+    Raises:
+        DynLRPError: as :func:`dynlrp.explain` does, but operations without a rule are what the report is about.
+    """
+    start = time.perf_counter()
+    options: dict[str, Any] = {"composite": composite, "output": output, "allow_training": allow_training}
+    fake = True
+    try:
+        with faked(model, inputs) as (copied, given):
+            made = _report(*settle(copied, given, target, **options))
+    except Exception as error:
+        if not _has_weights(model):
+            if isinstance(error, DynLRPError):
+                raise
+            raise InputError(
+                f"a model without weights is looked at with fake tensors, and this one needs numbers: "
+                f"{type(error).__name__}: {error}. Build it with weights, smaller if need be."
+            ) from error
+        fake = False  # numbers may help; if not, the same goes wrong again
+        made = _report(*settle(model, inputs, target, **options))
+    made = replace(
+        made,
+        model=name or type(model).__name__,
+        modality=modality(inputs),
+        composite=composite if isinstance(composite, str) else composite.name,
+        parameters=sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else 0,
+        fake=fake,
+        seconds=time.perf_counter() - start,
+    )
+    return replace(made, verification=verification(model, inputs, target, **options)) if verify else made
+
+
+KINDS = {
+    "text": ("input_ids", "bbox", "qformer_input_ids", "task_inputs"),
+    "vision": ("pixel_values", "pixel_values_videos", "video", "image", "flattened_patches", "visual_feats"),
+    "audio": ("input_values", "input_features", "speech_input_features", "spectrogram", "audio_codes"),
+    "time series": ("past_values",),
+    "actions": ("states",),
+}
+"""Names of inputs by what they are."""
+
+
+def modality(inputs: Any) -> str:
+    """What kind of data a model takes, by the names and shapes of its inputs; empty where they do not tell."""
+    if isinstance(inputs, Tensor):
+        return "vision" if inputs.ndim in (4, 5) else ""
+    found = [kind for kind, names in KINDS.items() if isinstance(inputs, dict) and any(name in inputs for name in names)]
+    return "multimodal" if len(found) > 1 else "".join(found)
+
+
+def _has_weights(model: Any) -> bool:
+    return not isinstance(model, nn.Module) or not any(
+        p.is_meta or isinstance(p, FakeTensor) for p in model.parameters()
+    )
+
+
+def _report(settled: Settled, runs: int) -> Coverage:
+    graph, steps = settled.graph, {step.index: step for step in settled.plan.steps}
+    counts: dict[str, list[int]] = {}
+    rules: dict[str, Counter[str]] = {}
+    gaps: Counter[tuple[str, str, bool, str]] = Counter()
+    for index, (node_name, node) in enumerate(zip(graph.names, graph.nodes, strict=True)):
+        if node_name == LEAF:
+            continue
+        step = steps.get(index)
+        reason, covered = covers(node_name, settled.structure.facts[index], step)
+        count = counts.setdefault(node_name, [0, 0, 0])
+        count[0] += 1
+        count[1] += step is not None
+        count[2] += covered
+        if step is not None and covered:
+            rules.setdefault(node_name, Counter())[type(step.rule).__name__] += 1
+        if not covered:
+            gaps[node_name, settled.path(node._sequence_nr()), step is not None, reason] += 1
+    promises = settled.promises.report(len(steps))
+    found = Counter(role for index, r in roles(settled.structure).items() if index in steps for role in r.names)
+    return Coverage(
+        model="",
+        nodes=sum(count[0] for count in counts.values()),
+        leaves=graph.names.count(LEAF),
+        reached=len(steps),
+        covered=sum(count[2] for count in counts.values()),
+        operations=tuple(
+            OperationCount(
+                operation,
+                REGISTRY[operation].family if operation in REGISTRY else "",
+                tuple(rule for rule, _ in rules.get(operation, Counter()).most_common()),
+                *counts[operation],
+            )
+            for operation in sorted(counts, key=lambda operation: (-counts[operation][0], operation))
+        ),
+        uncovered=tuple(
+            Uncovered(operation, path, number, reached, reason, _nearest(operation))
+            for (operation, path, reached, reason), number in gaps.items()
+        ),
+        roles=dict(sorted(found.items())),
+        promises=promises.count,
+        replayed=promises.internal,
+        delta=promises.delta,
+        rho=promises.density,
+        runs=runs,
+    )
+
+
+def covers(name: str, facts: Any, step: StepPlan | None) -> tuple[str, bool]:
+    """Whether a node has a rule of its own, and the reason where it is blocked."""
+    operation = REGISTRY.get(name)
+    if operation is None:
+        return "", False
+    reason = operation.obstacle(facts)
+    return reason, not reason and (step is None or not step.fallback)
+
+
+def _nearest(name: str) -> str:
+    known = [other for other, operation in REGISTRY.items() if other != name and operation.family != "blocked"]
+    return next(iter(get_close_matches(name, known, 1)), "")
+
+
+def verification(model: Callable[..., Any], inputs: Any, target: Target = None, **options: Any) -> Verification:
+    """Explain a model with weights, and take the times; ``options`` are those of :func:`dynlrp.explain`."""
+    state = torch.get_rng_state()
+    try:
+        settled, _ = settle(model, inputs, target, **options)
+        forward = partial(_forward, model, inputs, target, options.get("output"))
+        torch.set_rng_state(state)
+        value = forward()[0].value
+        try:
+            gradient_seconds, _ = _timed(lambda: _gradient(*forward()), state)
+        except Exception:
+            gradient_seconds = 0.0  # some models refuse: Reformer's own backward pass wants training mode
+        explain_seconds, explanation = _timed(lambda: explain(model, inputs, target, **options), state)
+    except Exception as error:  # what is wrong belongs into the report
+        return Verification(error=f"{type(error).__name__}: {error}")
+    finally:
+        torch.set_rng_state(state)
+    ledger = explanation.ledger
+    closes = ledger.closes and not ledger.unresolved and not ledger.fallbacks
+    return Verification(
+        balanced=tuple(sorted(set(settled.graph.names) - {LEAF})) if closes else (),
+        residual=ledger.error,
+        closes=closes,
+        finite=explanation.finite(),
+        unchanged=torch.equal(explanation.value, value),
+        gradient_seconds=gradient_seconds,
+        explain_seconds=explain_seconds,
+    )
+
+
+def _timed(run: Callable[[], Made], state: Tensor) -> tuple[float, Made]:
+    """The shortest of a few runs that draw the same random numbers, and what the last one made."""
+    times: list[float] = []
+    while True:
+        torch.set_rng_state(state)
+        start = time.perf_counter()
+        made = run()
+        times.append(time.perf_counter() - start)
+        if sum(times) > TIMED or len(times) == 3:
+            return min(times), made
+
+
+def _forward(
+    model: Callable[..., Any], inputs: Any, target: Target, output: str | int | None
+) -> tuple[Seed, list[Tensor]]:
+    """A plain forward pass: the explained output, and the floating point inputs and embeddings that it depends on."""
+    leaves, spec = pytree.tree_flatten(inputs)
+    given = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    wanted = [leaf.requires_grad_() for leaf in given if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if isinstance(model, nn.Module):
+        tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+        wanted += [table for table in tables if table.requires_grad]
+    passed = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in given]  # it may be changed in place
+    return make_seed(find_output(call(model, pytree.tree_unflatten(passed, spec)), output), target), wanted
+
+
+def _gradient(seed: Seed, wanted: list[Tensor]) -> None:
+    if wanted:
+        torch.autograd.grad(seed.root, wanted, seed.start, allow_unused=True)

@@ -1,0 +1,111 @@
+"""Many calls of one function, each in a process that may crash or hang without harm to the others."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+class Outcome(NamedTuple):
+    """What became of one call."""
+
+    argument: Any
+    value: Any = None
+    error: str = ""
+    """Why there is no value."""
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    argument: Any = None
+    started: float = 0.0
+
+
+def run(function: Callable[[Any], Any], arguments: Sequence[Any], *, jobs: int, timeout: float) -> Iterator[Outcome]:
+    """Call ``function``, which a module must define, on each argument; outcomes come as they are ready.
+
+    Args:
+        jobs: number of processes.
+        timeout: seconds for one call; then its process is ended.
+    """
+    waiting = deque(arguments)
+    workers = [_start(function) for _ in range(min(jobs, len(waiting)))]
+    try:
+        busy = [worker for worker in workers if _next(worker, waiting)]
+        while busy:
+            nearest = min(worker.started for worker in busy) + timeout - time.monotonic()
+            ready = wait([worker.pipe for worker in busy], max(0.0, nearest))
+            for worker in list(busy):
+                late = time.monotonic() - worker.started > timeout
+                if worker.pipe not in ready and not late:
+                    continue
+                outcome = _receive(worker) if worker.pipe in ready else _ended(worker, f"more than {timeout:g} s")
+                yield outcome
+                if not worker.process.is_alive() and waiting:
+                    workers[workers.index(worker)] = fresh = _start(function)
+                    busy[busy.index(worker)] = worker = fresh
+                if not (worker.process.is_alive() and _next(worker, waiting)):
+                    busy.remove(worker)
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.join()
+
+
+def _start(function: Callable[[Any], Any]) -> _Worker:
+    ours, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=_serve, args=(function, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _next(worker: _Worker, waiting: deque[Any]) -> bool:
+    if not waiting:
+        return False
+    worker.argument, worker.started = waiting.popleft(), time.monotonic()
+    worker.pipe.send(worker.argument)
+    return True
+
+
+def _receive(worker: _Worker) -> Outcome:
+    try:
+        value, error = worker.pipe.recv()
+    except (EOFError, ConnectionResetError):
+        worker.process.join()
+        code = worker.process.exitcode or 0
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return _ended(worker, f"the process ended with {how}")
+    return Outcome(worker.argument, value, error)
+
+
+def _ended(worker: _Worker, why: str) -> Outcome:
+    worker.process.kill()
+    worker.process.join()
+    return Outcome(worker.argument, error=why)
+
+
+def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
+    """A worker's life."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    while True:
+        try:
+            argument = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = function(argument), ""
+        except Exception as error:
+            answer = None, f"{type(error).__name__}: {error}"
+        pipe.send(answer)

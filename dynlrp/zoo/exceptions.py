@@ -1,0 +1,155 @@
+"""What the shrinker cannot know: fields that only fit together, by model type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from dynlrp.zoo.shrink import DROP
+
+RESNET = {
+    "backbone_config": transformers.ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32, 32, 64], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    ), "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None,
+}  # fmt: skip
+
+
+def mrope(*parts: int) -> dict[str, Any]:
+    """Rotary positions in three directions."""
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(parts)}
+
+
+SERIES = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3], "num_time_features": 1}
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), SERIES),
+    "reformer": {
+        "axial_pos_embds_dim": [32, 32],
+        "axial_pos_shape": [8, 8],
+        "attn_layers": ["local", "lsh"],
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+        "num_buckets": 4,
+        "num_hashes": 2,
+    },
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "zamba2": {
+        "n_mamba_heads": 8,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "hybrid_layer_ids": DROP,
+        "num_query_groups": DROP,
+        "kv_channels": DROP,
+    },
+    "zamba": {
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "blt": {"encoder_hash_byte_group_vocab": 100},
+    "lfm2_moe": {"num_dense_layers": 1},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4},
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "token_dropout": False},
+    "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.3, "hidden_dim": 640},
+    "xmod": {"default_language": "en_XX"},
+    "nemotron": {"num_key_value_heads": 2},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "rwkv": {"use_cache": False},
+    "deformable_detr": RESNET,
+    "detr": RESNET,
+    "conditional_detr": RESNET,
+    "dab-detr": RESNET,
+    "table-transformer": RESNET,
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": [1]},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16, "layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "ministral": {"head_dim": 16},
+    "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    **{n: {"window_size": 4, "image_size": 128} for n in ("swin", "donut-swin", "maskformer-swin")},
+    "mask2former": {"backbone_config.window_size": 4, "backbone_config.image_size": 128},
+    "maskformer": {"backbone_config.window_size": 4, "backbone_config.image_size": 128},
+    "swinv2": {"window_size": 4},
+    "sam2_hiera_det_model": {"hidden_size": 12},
+    "sam2_vision_model": {"backbone_config.hidden_size": 12, "backbone_channel_list": [96, 48, 24, 12]},
+    "sam2": {"vision_config.backbone_config.hidden_size": 12, "vision_config.backbone_channel_list": [96, 48, 24, 12]},
+    "granite_speech5_encoder": {"context_size": 8},
+    "granite_speech5_ctc": {"encoder_config.context_size": 8},
+    "glm5_next_text": {"index_topk": 16},
+    "glm5_next": {"text_config.index_topk": 16},
+    "muse_spark": {"audio_config.num_hidden_layers": DROP},
+    "muse_spark_audio": {"num_hidden_layers": DROP},
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "emu3": {"vocabulary_map": {"<image>": 5}},
+    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "lilt": {"hidden_size": 96},
+    "seggpt": {"image_size": [128, 64]},
+    "fastspeech2_conformer_with_hifigan": {"vocoder_config.model_in_dim": 16},
+    **{n: {"encoder_in_channels": [32, 64, 128], "decoder_in_channels": [64] * 3} for n in ("rt_detr", "rt_detr_v2")},
+    **{
+        n: {
+            "backbone_config.hidden_sizes": [32, 128, 256, 512],
+            "encoder_in_channels": [128, 256, 512],
+            "decoder_in_channels": [64] * 3,
+        }
+        for n in ("d_fine", "deimv2", "pp_doclayout_v3", "pp_doclayout_v4")
+    },
+    "lw_detr": {"backbone_config.out_features": ["stage1", "stage2"], "projector_scale_factors": [1.0]},
+    "rf_detr": {"backbone_config.out_features": ["stage1", "stage2"]},
+    "hunyuan_vl_text": {
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "xdrope_section": [2, 2, 2, 2]},
+    },
+    "align": {
+        "vision_config.width_coefficient": 0.5,
+        "vision_config.depth_coefficient": 0.3,
+        "vision_config.hidden_dim": 640,
+        "projection_dim": 640,
+    },
+    "longformer": {"attention_window": [8, 8]},
+    "led": {"attention_window": [8, 8]},
+    "longcat_flash": {"head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope_head_dim": 16},
+    "xlstm": {"qk_dim_factor": 1.0, "use_cache": False},
+    **{
+        n: {p + "rope_parameters": mrope(2, 3, 3)}
+        for n, p in (
+            ("qwen2_vl_text", ""),
+            ("qwen2_5_vl_text", ""),
+            ("qwen2_vl", "text_config."),
+            ("qwen2_5_vl", "text_config."),
+            ("paddleocr_vl", "text_config."),
+            ("qwen2_5_omni_thinker", "text_config."),
+            ("glm46v", "text_config."),
+            ("glm4v", "text_config."),
+            ("glm4v_text", ""),
+            ("glm_image", "text_config."),
+            ("glm_image_text", ""),
+            ("glm_ocr", "text_config."),
+            ("glm_ocr_text", ""),
+            ("glmga", "text_config."),
+        )
+    },
+    **{
+        n: {p + "rope_parameters": {**mrope(1, 1, 2), "partial_rotary_factor": 0.5}}
+        for n, p in (
+            ("glm4v_moe", "text_config."),
+            ("glm4v_moe_text", ""),
+        )
+    },
+    "layoutlmv3": {"coordinate_size": 11, "shape_size": 10},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "oneformer": {},
+    "textnet": {"hidden_sizes": [64, 64, 128, 256, 512]},
+    "timesfm": {"patch_length": 8, "horizon_length": 8, "context_length": 32},
+}
+RANDOM = ("informer", "reformer", "univnet", "vilt", "vit_mae", "vits")
+"""Types that draw random numbers in their forward pass."""

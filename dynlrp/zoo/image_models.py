@@ -1,0 +1,48 @@
+"""Models of timm, where it is installed."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import timm
+import torch
+from torch import nn
+
+from dynlrp.zoo.entry import Entry, Example
+
+
+def modules() -> list[str]:
+    """The families: timm's modules that have models."""
+    return sorted(name for name in timm.list_modules() if timm.list_models(module=name))
+
+
+def exists(name: str) -> bool:
+    """Whether timm has a model of this name."""
+    return bool(timm.is_model(name))
+
+
+def entry(name: str) -> Entry:
+    """One model, by name: without weights, and with random ones to be explained."""
+    return Entry(f"timm/{name}", partial(_example, name, "meta"), partial(_example, name, "cpu"))
+
+
+def smallest(module: str) -> Example:
+    """The model of a family that has the fewest parameters, with random weights."""
+    return _example(min(timm.list_models(module=module), key=lambda name: _size(_build(name, "meta"))), "cpu")
+
+
+def _example(name: str, device: str) -> Example:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _build(name, device).eval()
+        return Example(model, torch.randn(1, *model.default_cfg.get("input_size", (3, 224, 224))))
+
+
+def _build(name: str, device: str) -> nn.Module:
+    with torch.device(device):
+        model: nn.Module = timm.create_model(name, pretrained=False)
+    return model
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
