@@ -262,9 +262,9 @@ class Aliases(TorchFunctionMode):
         first = 1 if func in self._products else None
 
         def swap(position: int, value: Any) -> Any:
-            if type(value) is nn.Parameter and (position != first or id(value) in self._wanted):
-                return self._stand_ins.get(id(value), value)
-            if isinstance(value, tuple | list) and any(type(v) is nn.Parameter for v in value):
+            if id(value) in self._stand_ins and (position != first or id(value) in self._wanted):
+                return self._stand_ins[id(value)]
+            if isinstance(value, tuple | list) and any(id(v) in self._stand_ins for v in value):
                 return type(value)(self._stand_ins.get(id(v), v) for v in value)
             return value
 

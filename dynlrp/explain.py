@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
@@ -486,22 +487,27 @@ def _places(indices: Tensor, ids: Tensor) -> Tensor | None:
     They may be transposed, have more or fewer at either end of their sequence, or be in another shape.
     """
     order = torch.arange(ids.numel(), device=indices.device)
-    if indices.numel() == ids.numel() and torch.equal(indices.reshape(-1), ids.reshape(-1)):
+    if indices.numel() == ids.numel() and _same(indices.reshape(-1), ids.reshape(-1)):
         return order
     order = order.reshape(ids.shape)
     if ids.ndim != indices.ndim or not ids.numel() or not indices.numel():
         return None
-    if ids.ndim == 2 and ids.shape == indices.shape[::-1] and torch.equal(indices.t(), ids):
+    if ids.ndim == 2 and ids.shape == indices.shape[::-1] and _same(indices.t(), ids):
         return order.t()
     length = min(ids.shape[-1], indices.shape[-1])
     if ids.shape[:-1] != indices.shape[:-1] or ids.shape == indices.shape:
         return None
     for part in (slice(0, length), slice(-length, None)):
-        if torch.equal(indices[..., part], ids[..., part]):
+        if _same(indices[..., part], ids[..., part]):
             places = torch.full_like(indices, ids.numel(), dtype=torch.long)
             places[..., part] = order[..., part]
             return places
     return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, or may: fake ones have none."""
+    return a.shape == b.shape and (isinstance(a, FakeTensor) or torch.equal(a, b))
 
 
 @dataclass

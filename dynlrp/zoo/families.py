@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Iterable
 from typing import Any
@@ -65,8 +66,14 @@ def small_config(name: str) -> PretrainedConfig:
     return shrunk(CONFIG_MAPPING[name](), EXCEPTIONS.get(name))
 
 
-def small(config: PretrainedConfig, kind: Any = None, attention: str = "default", seed: int = 0) -> Example:
-    """A model of random weights from a small configuration, with inputs that it takes."""
+def small(
+    config: PretrainedConfig, kind: Any = None, attention: str = "default", seed: int = 0, padded: bool = False
+) -> Example:
+    """A model of random weights from a small configuration, with inputs that it takes.
+
+    ``padded``: with a mask that hides a token. Where nothing is hidden, models leave their masks out; but not where
+    they cannot look, as with fake tensors.
+    """
     kind = kind or model_class(config)
     with torch.device("meta"):
         large = kind(config)
@@ -84,7 +91,12 @@ def small(config: PretrainedConfig, kind: Any = None, attention: str = "default"
                 if parameter.is_floating_point():
                     parameter.add_(torch.randn_like(parameter), alpha=0.02)
         wrapped = FirstOutput(model).eval()
-        return Example(wrapped, fitting(wrapped, candidates(model, config)), config.model_type in RANDOM)
+        inputs = fitting(wrapped, candidates(model, config))
+        if padded and "input_ids" in inputs and "attention_mask" in inspect.signature(model.forward).parameters:
+            mask = torch.ones_like(inputs["input_ids"])
+            mask[-1, -1] = 0
+            inputs = fitting(wrapped, [{**inputs, "attention_mask": mask}, inputs])
+        return Example(wrapped, inputs, config.model_type in RANDOM)
 
 
 def fitting(model: nn.Module, offers: Iterable[dict[str, Any]]) -> dict[str, Any]:

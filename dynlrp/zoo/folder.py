@@ -34,7 +34,7 @@ def entry(folder: Path) -> Entry:
     return Entry(
         str(folder),
         lambda: _large(config, kind),
-        lambda: small(shrunk(config, exceptions), kind),
+        lambda: small(shrunk(config, exceptions), kind, padded=True),
         title=kind.__name__,
         digest=hashlib.sha256(file.read_bytes()).hexdigest()[:16],
     )

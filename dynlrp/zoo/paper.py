@@ -66,7 +66,7 @@ def _transformer(
             model = kind(made)
         return Example(FirstOutput(model).eval(), inputs(made))
 
-    return Entry(f"paper/{name}", build, lambda: small(shrunk(config(), less), kind), title, published)
+    return Entry(f"paper/{name}", build, lambda: small(shrunk(config(), less), kind, padded=True), title, published)
 
 
 def _vit() -> PretrainedConfig:
