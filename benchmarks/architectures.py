@@ -9,6 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from dynlrp.zoo.nets import resnet50, vgg16
+
 
 class Case(NamedTuple):
     """A model with inputs; ``sequence`` models are explained at their last position."""
@@ -24,52 +26,6 @@ class Case(NamedTuple):
             return result
         found: Tensor = result[self.output or "logits"]
         return found
-
-
-def vgg16() -> nn.Module:
-    """VGG16 (Simonyan & Zisserman 2015, configuration D)."""
-    layers: list[nn.Module] = []
-    channels = 3
-    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
-        if width == 0:
-            layers.append(nn.MaxPool2d(2))
-        else:
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-            channels = width
-    head = [nn.Flatten(), nn.Linear(512 * 49, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 1000)]
-    return nn.Sequential(*layers, *head)
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions with batch norm and a skip (He et al. 2016)."""
-
-    def __init__(self, channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        out = 4 * width
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out),
-        )  # fmt: skip
-        self.skip: nn.Module = nn.Identity()
-        if stride > 1 or channels != out:
-            self.skip = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.skip(x))
-
-
-def resnet50() -> nn.Module:
-    """ResNet-50 (He et al. 2016, with the stride in the 3x3 convolution)."""
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
-    ]  # fmt: skip
-    channels = 64
-    for stage, (width, depth) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
-        for block in range(depth):
-            layers.append(Bottleneck(channels, width, 2 if stage and not block else 1))
-            channels = 4 * width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
 
 
 def _image(batch: int, size: int = 224) -> Tensor:

@@ -3,6 +3,7 @@
 from dynlrp import rules
 from dynlrp._version import __version__
 from dynlrp.composite import COMPOSITES, Composite, When, epsilon_gamma_box
+from dynlrp.coverage import Coverage, coverage
 from dynlrp.errors import (
     BrokenPromiseError,
     CompiledModuleError,
@@ -25,6 +26,7 @@ __all__ = [
     "BrokenPromiseError",
     "CompiledModuleError",
     "Composite",
+    "Coverage",
     "DynLRPError",
     "Explanation",
     "FreedGraphError",
@@ -38,6 +40,7 @@ __all__ = [
     "UnknownOperationError",
     "When",
     "__version__",
+    "coverage",
     "epsilon_gamma_box",
     "explain",
     "relevance",

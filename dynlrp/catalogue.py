@@ -43,6 +43,11 @@ CLASSES: dict[str, tuple[str, ...]] = {
 _CLASS = {family: name for name, families in CLASSES.items() for family in families}
 
 
+def class_of(family: str) -> str:
+    """The class of an operation family; ``custom`` for one that a user made."""
+    return _CLASS.get(family, "custom")
+
+
 class Entry(NamedTuple):
     """One autograd node type."""
 
@@ -123,7 +128,7 @@ def _entry(node: str, facts: Facts) -> Entry:
     reason = operation.blocked if isinstance(operation.blocked, str) else ""  # some depend on what a node saved
     return Entry(
         node,
-        _CLASS.get(operation.family, "custom"),
+        class_of(operation.family),
         operation.family,
         "" if reason else type(operation.rule).__name__,
         facts.operands,

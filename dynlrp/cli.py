@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from itertools import zip_longest
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
 from dynlrp._version import __version__
 from dynlrp.catalogue import CLASSES, Entry, catalogue, table_version, to_csv, to_dict
+from dynlrp.errors import DynLRPError
+
+if TYPE_CHECKING:
+    from dynlrp.coverage import Coverage
+    from dynlrp.survey import Task
 
 app = typer.Typer(
     help="Layer-wise Relevance Propagation for any PyTorch model.", no_args_is_help=True, add_completion=False
@@ -103,3 +111,157 @@ def _print(entries: Sequence[Entry], long: bool) -> None:
 def _operands(entry: Entry) -> str:
     """The operands with their letters, as in ``self+ mat1* mat2*``."""
     return " ".join(name + letter for name, letter in zip_longest(entry.operands, entry.letters, fillvalue=""))
+
+
+Shape = Annotated[str, typer.Option(help="Shape of the input, as in 1,3,224,224, where nothing else tells.")]
+CompositeName = Annotated[str, typer.Option(help="Which rules: the name of a composite.")]
+
+
+@app.command()
+def coverage(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="A name or a glob that `dynlrp zoo` knows, a folder with a transformers config.json, "
+            "package.module:attribute, or a timm model.",
+            show_default=False,
+        ),
+    ],
+    verify: Annotated[bool, typer.Option("--verify", help="Explain a small model too, and take the time.")] = False,
+    composite: CompositeName = "auto",
+    shape: Shape = "",
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes.")] = 1,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for one model.")] = 300.0,
+    keep: Annotated[
+        Path | None, typer.Option(help="A file that keeps reports, so that a run can be taken up again.")
+    ] = None,
+    out: Annotated[
+        list[Path] | None, typer.Option("-o", "--out", help="Write .html, .json, .csv or .md; may be repeated.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="A line for each model, as CSV.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The table, as Markdown.")] = False,
+) -> None:
+    """Report which operations of a model have a rule, and whether its explanation can be relied on.
+
+    Leaves with 1 where an operation is not covered or a model failed.
+    """
+    from dynlrp import report, survey
+
+    if as_json + as_csv + as_markdown > 1:
+        raise typer.BadParameter("only one of --json, --csv and --markdown")
+    with _errors():
+        for path in out or ():
+            report.check_ending(path)
+        wanted = survey.tasks(models, shape=_sizes(shape), composite=composite, verify=verify)
+        made = _survey(wanted, jobs, timeout, keep)
+        for path in out or ():
+            report.write(path, made, survey.versions())
+    if as_json or as_csv or as_markdown:
+        ending = ".json" if as_json else ".csv" if as_csv else ".md"
+        typer.echo(report.WRITERS[ending](made, survey.versions()), nl=not as_csv)
+    else:
+        _print_reports(made)
+    for path in out or ():
+        typer.echo(f"written: {path}", err=True)
+    if any(one.status not in ("covered", "verified") for one in made):
+        raise typer.Exit(1)
+
+
+def _survey(wanted: Sequence[Task], jobs: int, timeout: float, keep: Path | None) -> list[Coverage]:
+    """All reports, with a bar; those that are there when the user breaks off."""
+    from dynlrp import survey
+
+    made: list[Coverage] = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=len(wanted))
+        try:
+            for one in survey.survey(wanted, processes=jobs, timeout=timeout, kept=keep):
+                made.append(one)
+                progress.update(bar, advance=1, description=escape(one.model))
+        except KeyboardInterrupt:
+            progress.console.print(f"stopped after {len(made)} of {len(wanted)} models")
+    return survey.order(made, wanted)
+
+
+def _print_reports(made: Sequence[Coverage]) -> None:
+    from dynlrp import report
+
+    table = Table(box=None, pad_edge=False)
+    for name in report.COLUMNS:
+        table.add_column(name, justify="left" if name in report.TEXT else "right", overflow="fold")
+    for one in made:
+        table.add_row(*(escape(cell(one)) for cell in report.COLUMNS.values()))
+    wrong = Table(box=None, pad_edge=False)
+    for name in ("model", "where", "operation", "what"):
+        wrong.add_column(name, overflow="fold")
+    for row in report.problems(made):
+        wrong.add_row(*map(escape, row))
+    total = Table(box=None, pad_edge=False, show_header=False)
+    total.add_row(f"{report.summary(made)}.")
+    if report.is_paper(made):
+        total.add_row(report.PAPER)
+    _show(table, *([wrong] if wrong.row_count else []), total)
+
+
+@app.command()
+def zoo(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Globs, as in 'paper/*'.")] = None,
+) -> None:
+    """List the models that coverage and graph know by name."""
+    from dynlrp.zoo import entries
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "model"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("parameters", justify="right")
+    with _errors():
+        for entry in entries().values():
+            if not names or any(fnmatchcase(entry.name, name) for name in names):
+                size = f"{entry.published:,}" if entry.published else ""
+                table.add_row(escape(entry.name), escape(entry.title), size)
+    total = Table(box=None, pad_edge=False, show_header=False)
+    total.add_row(f"{table.row_count} models")
+    _show(table, total)
+
+
+@app.command()
+def graph(
+    model: Annotated[str, typer.Argument(help="A model, as for coverage.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A .svg, .html, .graphml or .json file.")],
+    depth: Annotated[
+        int | None, typer.Option(min=0, help="Modules nested deeper are one node each; by default what can be seen.")
+    ] = None,
+    composite: CompositeName = "auto",
+    shape: Shape = "",
+) -> None:
+    """Draw the operations that relevance passes, by family of rule and by role."""
+    from dynlrp import export
+    from dynlrp.zoo import find
+
+    with _errors():
+        export.check_ending(out)
+        (entry, *others) = find(model, _sizes(shape))
+        if others:
+            raise typer.BadParameter(f"{model!r} means {1 + len(others)} models")
+        drawn = export.graph_of(entry, composite)
+        export.write(out, drawn, title=entry.title or entry.name, depth=depth)
+    typer.echo(f"written: {out} ({len(drawn)} nodes, {drawn.number_of_edges()} edges)", err=True)
+
+
+def _sizes(shape: str) -> tuple[int, ...] | None:
+    try:
+        return tuple(int(size) for size in shape.split(",")) if shape else None
+    except ValueError:
+        raise typer.BadParameter(f"{shape!r} is no shape such as 1,3,224,224", param_hint="--shape") from None
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """The project's errors as text."""
+    try:
+        yield
+    except DynLRPError as error:
+        typer.echo(f"{error}", err=True)
+        raise typer.Exit(2) from error

@@ -199,20 +199,8 @@ def coverage(
     """
     start = time.perf_counter()
     options: dict[str, Any] = {"composite": composite, "output": output, "allow_training": allow_training}
-    fake = True
-    try:
-        with faked(model, inputs) as (copied, given):
-            made = _report(*settle(copied, given, target, **options))
-    except Exception as error:
-        if not _has_weights(model):
-            if isinstance(error, DynLRPError):
-                raise
-            raise InputError(
-                f"a model without weights is looked at with fake tensors, and this one needs numbers: "
-                f"{type(error).__name__}: {error}. Build it with weights, smaller if need be."
-            ) from error
-        fake = False  # numbers may help; if not, the same goes wrong again
-        made = _report(*settle(model, inputs, target, **options))
+    captured, fake = capture(model, inputs, target, **options)
+    made = _report(*captured)
     made = replace(
         made,
         model=name or type(model).__name__,
@@ -223,6 +211,36 @@ def coverage(
         seconds=time.perf_counter() - start,
     )
     return replace(made, verification=verification(model, inputs, target, **options)) if verify else made
+
+
+def capture(
+    model: Callable[..., Any], inputs: Any, target: Target = None, **options: Any
+) -> tuple[tuple[Settled, int], bool]:
+    """The graph of a model ready for relevance, the runs of the model that an explanation takes, and whether it was
+    captured with fake tensors. ``options`` are those of :func:`dynlrp.explain.settle`."""
+    try:
+        with faked(model, inputs) as (copied, given):
+            return settle(copied, given, target, **options), True
+    except Exception as error:
+        if _has_weights(model):
+            return settle(model, inputs, target, **options), False  # numbers may help; else the same goes wrong again
+        if isinstance(error, DynLRPError):
+            raise
+        raise InputError(
+            f"a model without weights is looked at with fake tensors, and this one needs numbers: "
+            f"{type(error).__name__}: {error}. Build it with weights, smaller if need be."
+        ) from error
+
+
+def copies(settled: Settled) -> set[int]:
+    """Nodes that are no part of the model: the copies of its floating point inputs that an explanation makes."""
+    graph = settled.graph
+    return {
+        edge.node
+        for edge in settled.structure.sources
+        if graph.names[edge.node] == "CloneBackward0"
+        and all(below is not None and graph.names[below.node] == LEAF for below in graph.operands[edge.node])
+    }
 
 
 KINDS = {
@@ -239,7 +257,9 @@ def modality(inputs: Any) -> str:
     """What kind of data a model takes, by the names and shapes of its inputs; empty where they do not tell."""
     if isinstance(inputs, Tensor):
         return "vision" if inputs.ndim in (4, 5) else ""
-    found = [kind for kind, names in KINDS.items() if isinstance(inputs, dict) and any(name in inputs for name in names)]
+    found = [
+        kind for kind, names in KINDS.items() if isinstance(inputs, dict) and any(name in inputs for name in names)
+    ]
     return "multimodal" if len(found) > 1 else "".join(found)
 
 
@@ -254,8 +274,9 @@ def _report(settled: Settled, runs: int) -> Coverage:
     counts: dict[str, list[int]] = {}
     rules: dict[str, Counter[str]] = {}
     gaps: Counter[tuple[str, str, bool, str]] = Counter()
+    ours = copies(settled)
     for index, (node_name, node) in enumerate(zip(graph.names, graph.nodes, strict=True)):
-        if node_name == LEAF:
+        if node_name == LEAF or index in ours:
             continue
         step = steps.get(index)
         reason, covered = covers(node_name, settled.structure.facts[index], step)
@@ -272,8 +293,8 @@ def _report(settled: Settled, runs: int) -> Coverage:
     return Coverage(
         model="",
         nodes=sum(count[0] for count in counts.values()),
-        leaves=graph.names.count(LEAF),
-        reached=len(steps),
+        leaves=graph.names.count(LEAF) - len(ours),
+        reached=len(steps.keys() - ours),
         covered=sum(count[2] for count in counts.values()),
         operations=tuple(
             OperationCount(

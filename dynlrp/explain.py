@@ -477,7 +477,7 @@ class Rows:
 
 def _reads(indices: Tensor, ids: Tensor) -> bool:
     """Whether an embedding is indexed by an input, or by a copy of it."""
-    own = indices.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr()
+    own = indices.untyped_storage()._cdata == ids.untyped_storage()._cdata
     return own or _places(indices, ids) is not None
 
 

@@ -30,7 +30,7 @@ def faked(model: Any, inputs: Any) -> Iterator[tuple[Any, Any]]:
         for module in modules:
             for tensors in (module._parameters, module._buffers, vars(module)):
                 memo.update((id(t), _fake(mode, t)) for t in tensors.values() if isinstance(t, Tensor))
-    with FakeCopyMode(mode):  # type: ignore[no-untyped-call]
+    with FakeCopyMode(mode):
         model = copy.deepcopy(model, memo)
     with mode, _quiet():
         yield model, pytree.tree_map(lambda leaf: _fake(mode, leaf) if isinstance(leaf, Tensor) else leaf, inputs)

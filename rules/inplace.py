@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynlrp.rules.operation import Operation, register
 
+COPIES = frozenset(
+    {
+        "_to_copy", "alias", "as_strided", "clone", "copy_", "detach", "device", "empty_strided", "expand", "fill_",
+        "masked_fill", "masked_fill_", "neg", "new_empty_strided", "new_zeros", "ones", "permute", "reshape", "select",
+        "slice", "squeeze", "sum", "t", "threshold_backward", "transpose", "unsqueeze", "view", "zero_", "zeros",
+        "zeros_like",
+    }
+)  # fmt: skip
+"""What derivatives of copies, sums and fills are made of."""
 MANY = 8
 """Fewer elements may have the same derivative by chance."""
+
+
+class _Factors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what a derivative does beside copies, fills and sums: scaling by numbers, and all else."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numbers = self.others = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0]
+        if name in ("mul", "mul_", "div", "div_") and not (isinstance(args[1], Tensor) and args[1].ndim):
+            self.numbers += 1
+        elif name not in COPIES:
+            self.others += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _passes(node: Any) -> bool:
@@ -17,14 +46,19 @@ def _passes(node: Any) -> bool:
 
     The node does not tell which operation wrote. If its derivative is 0 or 1 it was a copy, a sum or a fill, or acts
     like one: linear up to a constant. One other number, for many elements and with no second operand, is a scaling
-    (a function of equal numbers would look the same). Anything else may be linear, or may not be.
+    (a function of equal numbers would look the same). Anything else may be linear, or may not be. Fake tensors have no
+    numbers: there the operations that the derivative is made of must tell.
     """
     metadata = node._input_metadata[0]
     ones = torch.ones(metadata.shape, dtype=metadata.dtype, device=metadata.device)
-    result = node(ones)
+    factors = _Factors()
+    with factors if isinstance(ones, FakeTensor) else nullcontext():
+        result = node(ones)
     passed, *others = result if isinstance(result, tuple) else (result,)
     if passed is None:
         return True
+    if isinstance(passed, FakeTensor):  # no numbers to look at
+        return not factors.others and (not factors.numbers or all(o is None for o in others))
     scaled = passed[(passed != 0) & (passed != 1)]
     if not len(scaled):
         return True

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks.families import RANDOM, build, copied, target
 from dynlrp import Composite, When, explain
+from dynlrp.zoo.families import build, copied
+from dynlrp.zoo.target import weighted_sum
 from tests.test_roles import Spy
 
 FAMILIES = {
@@ -40,11 +41,11 @@ FAMILIES = {
 def test_family(name: str) -> None:
     if name not in CONFIG_MAPPING:
         pytest.skip("this release of transformers does not have it")
-    family, inputs = build(name)
+    family, inputs, random = build(name)
     torch.manual_seed(0)
-    value = target(family(**copied(inputs))).detach()
+    value = weighted_sum(family(**copied(inputs))).detach()
     torch.manual_seed(0)
-    explanation = explain(family, inputs, target, composite="attnlrp", allow_training=name in RANDOM)
+    explanation = explain(family, inputs, weighted_sum, composite="attnlrp", allow_training=random)
     assert torch.equal(explanation.value, value)
     assert explanation.finite()
     assert explanation.ledger.closes, explanation.ledger
@@ -69,9 +70,9 @@ def test_roles_as_transformers_writes_them(name: str, role: str, path: str, coun
     """Decays of state-space models and routers are known as such in every release that writes them like this."""
     if name not in CONFIG_MAPPING:
         pytest.skip("this release of transformers does not have it")
-    family, inputs = build(name)
+    family, inputs, _ = build(name)
     spy = Spy()
-    explain(family, inputs, target, composite=Composite.of("spy", {When(role=role, path=path): spy}))
+    explain(family, inputs, weighted_sum, composite=Composite.of("spy", {When(role=role, path=path): spy}))
     runs, rest = divmod(len(spy.seen), count)
     assert runs in (1, 2)  # once more where an activation was not kept
     assert not rest

@@ -9,17 +9,17 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from dynlrp.coverage import Coverage, coverage, verification
 from dynlrp.zoo.entry import Entry, Example, ZooError, needs
 
-__all__ = ["Entry", "Example", "ZooError", "examine", "find", "names"]
+__all__ = ["Entry", "Example", "ZooError", "entries", "examine", "find"]
 
 
-def names() -> list[str]:
-    """Every model of the zoo that can be built here."""
-    return [*_entries()]
+@cache
+def entries() -> dict[str, Entry]:
+    """Every model of the zoo that can be built here, by name."""
+    return {entry.name: entry for zoo in (_paper, _families, _timm) for entry in zoo()}
 
 
 def find(model: str, shape: tuple[int, ...] | None = None) -> list[Entry]:
@@ -34,7 +34,7 @@ def find(model: str, shape: tuple[int, ...] | None = None) -> list[Entry]:
     Raises:
         ZooError: there is no such model; the nearest names are given.
     """
-    known = _entries()
+    known = entries()
     if model in known:
         return [known[model]]
     if any(character in model for character in "*?["):
@@ -68,25 +68,15 @@ def find(model: str, shape: tuple[int, ...] | None = None) -> list[Entry]:
 def examine(entry: Entry, *, composite: str = "auto", verify: bool = False) -> Coverage:
     """The report on one model."""
     example = entry.build()
-    made = coverage(
-        example.model, example.inputs, composite=composite, allow_training=example.random, name=entry.name
-    )
+    made = coverage(example.model, example.inputs, composite=composite, allow_training=example.random, name=entry.name)
     made = replace(made, title=entry.title, published=entry.published)
     if not verify:
         return made
     from dynlrp.zoo.target import weighted_sum
 
     small = example if entry.small is None else entry.small()
-    found = verification(
-        small.model, small.inputs, weighted_sum, composite=composite, allow_training=small.random
-    )
+    found = verification(small.model, small.inputs, weighted_sum, composite=composite, allow_training=small.random)
     return replace(made, verification=found)
-
-
-@cache
-def _entries() -> dict[str, Entry]:
-    """All entries by name."""
-    return {entry.name: entry for zoo in (_paper, _families, _timm) for entry in zoo()}
 
 
 def _paper() -> Iterator[Entry]:
@@ -116,10 +106,10 @@ def _later(build: Callable[[str], Example], name: str) -> Callable[[], Example]:
 
 def _unknown(model: str, known: list[str]) -> str:
     bare = {name.partition("/")[2]: name for name in reversed(known)}
-    near = [bare.get(name, name) for name in get_close_matches(model, [*bare, *known], 6, 0.5)]
+    path = model.startswith((".", "/", "~"))
+    near = [] if path else [bare.get(name, name) for name in get_close_matches(model, [*bare, *known], 6, 0.5)]
     suggestion = f"did you mean {', '.join(dict.fromkeys(near))}? " if near else ""
-    where = "a folder with a config.json, " if "/" in model or "." in model else ""
     return (
-        f"no model is called {model!r}: {suggestion}A model is {where}a name that `dynlrp zoo` lists, or "
-        f"package.module:attribute."
+        f"no model is called {model!r}: {suggestion}A model is a name that `dynlrp zoo` lists, a folder with a "
+        f"config.json, or package.module:attribute."
     )

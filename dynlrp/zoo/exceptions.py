@@ -9,7 +9,7 @@ import transformers
 from dynlrp.zoo.shrink import DROP
 
 RESNET = {
-    "backbone_config": transformers.ResNetConfig(
+    "backbone_config": transformers.ResNetConfig(  # type: ignore[call-arg]
         embedding_size=16, hidden_sizes=[16, 32, 32, 64], depths=[1, 1, 1, 1], layer_type="basic",
         out_features=["stage2", "stage3", "stage4"],
     ), "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None,

@@ -101,7 +101,7 @@ def small(
 
 def fitting(model: nn.Module, offers: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The first inputs that a model takes."""
-    errors: list[str] = []
+    errors: dict[str, Any] = {}
     for inputs in offers:
         try:
             model(**copied(inputs))
@@ -109,12 +109,14 @@ def fitting(model: nn.Module, offers: Iterable[dict[str, Any]]) -> dict[str, Any
             raise
         except Exception as error:
             trace = traceback.extract_tb(error.__traceback__)[-1]
-            shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in inputs.items()}
             place = f"{trace.filename.rsplit('/', 1)[-1]}:{trace.lineno}"
-            errors.append(f"{shapes}: {type(error).__name__}: {str(error)[:200]} ({place})")
+            shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            errors.setdefault(f"{type(error).__name__}: {str(error)[:200]} ({place})", shapes)
         else:
             return inputs
-    raise ZooError("no inputs fit:\n    " + "\n    ".join(dict.fromkeys(errors)))
+    raise ZooError(
+        "no inputs fit:\n    " + "\n    ".join(f"{error}, given {shapes}" for error, shapes in errors.items())
+    )
 
 
 def copied(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -34,7 +35,7 @@ def smallest(module: str) -> Example:
 def _example(name: str, device: str) -> Example:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _build(name, device).eval()
+        model: Any = _build(name, device).eval()
         return Example(model, torch.randn(1, *model.default_cfg.get("input_size", (3, 224, 224))))
 
 

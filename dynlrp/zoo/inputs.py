@@ -167,7 +167,8 @@ def _channels(config: PretrainedConfig) -> int:
 
 
 def _past(config: PretrainedConfig) -> int:
-    return first(field(config, "context_length", default=16), 16) + max(field(config, "lags_sequence", default=[0]))
+    lags: list[int] = field(config, "lags_sequence", default=[0])
+    return first(field(config, "context_length", default=16), 16) + max(lags)
 
 
 def _boxes() -> Tensor:

@@ -91,7 +91,8 @@ class Squeeze(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The gated channels."""
-        return x * self.gate(x)
+        gate: Tensor = self.gate(x)
+        return x * gate
 
 
 def _conv(channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Sequential:

@@ -15,9 +15,6 @@ from dynlrp.zoo.entry import Entry, Example
 from dynlrp.zoo.families import FirstOutput, small
 from dynlrp.zoo.shrink import shrunk
 
-NODES, COVERED, OPERATIONS, MISSING = 31_465, 31_440, 47, 2
-"""The paper's figures, over all fifteen: nodes of the graphs, those with a rule, operations, those without a rule."""
-
 TOKENS = 16
 
 
@@ -70,10 +67,12 @@ def _transformer(
 
 
 def _vit() -> PretrainedConfig:
-    return transformers.ViTConfig(
+    config = transformers.ViTConfig(
         hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, image_size=224,
-        patch_size=16, num_labels=1000,
+        patch_size=16,
     )  # fmt: skip
+    config.num_labels = 1000
+    return config
 
 
 def _siglip() -> PretrainedConfig:
@@ -144,13 +143,15 @@ def _qwen() -> PretrainedConfig:
 
 
 def _t5() -> PretrainedConfig:
-    return transformers.T5Config(
+    config = transformers.T5Config(
         vocab_size=32128, d_model=1024, d_kv=64, d_ff=2816, num_layers=24, num_decoder_layers=24, num_heads=16,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False, use_cache=False,
+        feed_forward_proj="gated-gelu", use_cache=False,
     )  # fmt: skip
+    config.scale_decoder_outputs = False
+    return config
 
 
-def _untied_t5(config: PretrainedConfig) -> nn.Module:
+def _untied_t5(config: transformers.T5Config) -> nn.Module:
     """T5 1.1, whose output layer is no copy of its embedding; transformers 5 ties them whatever it is told."""
     model = transformers.T5ForConditionalGeneration(config)
     model.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -191,7 +192,8 @@ def entries() -> list[Entry]:
         ),
         _net(
             "efficientnetv2-m", "EfficientNetV2-M", 54_139_356, nets.efficientnet_v2_m,
-            lambda: nets.efficientnet_v2_m([(e, 2, s, max(8, c // 8), q) for e, _, s, c, q in nets.STAGES], 64, 10), 480,
+            lambda: nets.efficientnet_v2_m([(e, 2, s, max(8, c // 8), q) for e, _, s, c, q in nets.STAGES], 64, 10),
+            480,
         ),
         _transformer(
             "siglip2-so400m", "SigLIP 2 So400m/14 384", 1_136_008_498, transformers.SiglipModel, _siglip,
@@ -207,7 +209,8 @@ def entries() -> list[Entry]:
         ),
         _transformer("gpt2", "GPT-2", 124_439_808, transformers.GPT2LMHeadModel, _gpt2, _text),
         _transformer(
-            "roberta-large", "RoBERTa-large", 355_000_000, transformers.RobertaForSequenceClassification, _roberta, _text
+            "roberta-large", "RoBERTa-large", 355_000_000, transformers.RobertaForSequenceClassification, _roberta,
+            _text,
         ),
         _transformer(
             "llama-3.2-1b", "Llama 3.2 1B", 1_235_814_400, transformers.LlamaForCausalLM, _llama, _text

@@ -285,9 +285,9 @@ def changed(config: PretrainedConfig, own: dict[str, Any]) -> dict[str, Any]:
     except Exception:
         usual = {}
     try:
-        fields = inspect.signature(type(config)).parameters
+        fields = set(inspect.signature(type(config)).parameters)
     except ValueError:
-        fields = {}
+        fields = set()
     found = {
         k: v
         for k, v in own.items()

@@ -1,0 +1,229 @@
+"""Coverage reports as tables: Markdown, CSV, JSON and one HTML page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dynlrp.coverage import Coverage
+from dynlrp.errors import InputError
+
+PAPER = (
+    "The paper (arXiv:2512.07010) counts 31,465 nodes over these fifteen models and covers 31,440 of them; of its 47 "
+    "operations two are missing. It gives no figures per model. The number of nodes depends on the versions of PyTorch "
+    "and transformers, on the length of the inputs (Mamba's scan has a node per step) and on whether leaves count."
+)
+COLUMNS: dict[str, Callable[[Coverage], str]] = {
+    "model": lambda r: r.title or r.model,
+    "kind": lambda r: r.modality,
+    "parameters": lambda r: f"{r.parameters:,}",
+    "nodes": lambda r: f"{r.nodes:,}",
+    "covered": lambda r: f"{r.covered:,}",
+    "operations": lambda r: f"{r.operations_covered}/{len(r.operations)}",
+    "verified": lambda r: f"{r.verified:,}" if r.verification else "",
+    "residual": lambda r: f"{r.verification.residual:.0e}" if r.verification and not r.verification.error else "",
+    "promises": lambda r: f"{r.promises:,}",
+    "delta": lambda r: str(r.delta),
+    "rho": lambda r: f"{r.rho:.3f}",
+    "roles": lambda r: ", ".join(f"{name} {count}" for name, count in r.roles.items()),
+    "time": lambda r: f"{r.verification.ratio:.1f}x" if r.verification and r.verification.ratio else "",
+    "status": lambda r: r.status,
+}
+"""The columns of a table for people."""
+TEXT = ("model", "kind", "roles", "status")
+"""Columns that are no numbers."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Totals over models; those that failed count as models alone."""
+
+    models: int
+    failed: int
+    nodes: int
+    leaves: int
+    covered: int
+    operations: int
+    """Different ones."""
+    operations_covered: int
+    asked: int
+    """Models that were to be verified."""
+    passed: int
+    verified: int
+
+    @property
+    def share(self) -> float:
+        """Covered nodes of all nodes."""
+        return self.covered / self.nodes if self.nodes else 0.0
+
+    def __str__(self) -> str:
+        text = f"{self.models:,} models"
+        text += f", of which {self.failed} failed" * bool(self.failed)
+        text += f": {self.covered:,} of {self.nodes:,} nodes covered ({100 * self.share:.2f} %)"
+        text += f", {self.operations_covered} of {self.operations} operations"
+        if self.asked:
+            text += f"; {self.passed} of {self.asked} explained with a closing ledger, {self.verified:,} nodes verified"
+        return text
+
+
+def summary(reports: Sequence[Coverage]) -> Summary:
+    """Totals of several reports."""
+    seen = [operation for report in reports for operation in report.operations]
+    gaps = {operation.name for operation in seen if operation.covered < operation.nodes}
+    names = {operation.name for operation in seen}
+    good = [report for report in reports if not report.error]
+    return Summary(
+        models=len(reports),
+        failed=len(reports) - len(good),
+        nodes=sum(report.nodes for report in good),
+        leaves=sum(report.leaves for report in good),
+        covered=sum(report.covered for report in good),
+        operations=len(names),
+        operations_covered=len(names - gaps),
+        asked=sum(report.verification is not None for report in good),
+        passed=sum(report.status == "verified" for report in good),
+        verified=sum(report.verified for report in good),
+    )
+
+
+def problems(reports: Iterable[Coverage]) -> list[tuple[str, str, str, str]]:
+    """Everything that is not as it should be: model, place or kind, operation, and what is known of it."""
+    found = []
+    for report in reports:
+        if report.error:
+            found.append((report.model, "not built", "", _line(report.error)))
+        for gap in report.uncovered:
+            known = gap.reason or (f"nearest rule: {gap.nearest}" if gap.nearest else "")
+            times = f"{gap.nodes} nodes. " if gap.nodes > 1 else ""
+            found.append((report.model, gap.path or "the model itself", gap.operation, times + known))
+        check = report.verification
+        if check is not None and not check.passed:
+            why = _line(check.error) or "; ".join(
+                text
+                for text, wrong in (
+                    (f"the ledger is open by {check.residual:.1e}", not check.closes),
+                    ("relevance is not finite", not check.finite),
+                    ("the output changed", not check.unchanged),
+                )
+                if wrong
+            )
+            found.append((report.model, "not verified", "", why))
+    return found
+
+
+def _line(text: str, most: int = 200) -> str:
+    """The beginning of a text, as one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def to_json(reports: Sequence[Coverage], versions: Mapping[str, str]) -> str:
+    """Everything."""
+    data = {
+        "versions": dict(versions),
+        "summary": asdict(summary(reports)),
+        "models": [report.to_dict() for report in reports],
+    }
+    return json.dumps(data, indent=1)
+
+
+def from_json(text: str) -> list[Coverage]:
+    """The reports that :func:`to_json` wrote."""
+    return [Coverage.from_dict(entry) for entry in json.loads(text)["models"]]
+
+
+def to_csv(reports: Sequence[Coverage]) -> str:
+    """A line for each model."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    flat = [
+        "model", "title", "modality", "status", "composite", "parameters", "nodes", "leaves", "reached", "covered",
+        "verified", "promises", "replayed", "delta", "rho", "runs", "seconds", "error",
+    ]  # fmt: skip
+    checked = ("residual", "gradient_seconds", "explain_seconds")
+    writer.writerow([*flat, "operations", "operations_covered", "roles", "uncovered", *checked])
+    for report in reports:
+        check = report.verification
+        writer.writerow(
+            [
+                *(getattr(report, name) for name in flat),
+                len(report.operations),
+                report.operations_covered,
+                " ".join(f"{name.replace(' ', '_')}={count}" for name, count in report.roles.items()),
+                " ".join(dict.fromkeys(gap.operation for gap in report.uncovered)),
+                *("" if check is None else getattr(check, name) for name in checked),
+            ]
+        )
+    return text.getvalue()
+
+
+def to_markdown(reports: Sequence[Coverage], columns: Sequence[str] = tuple(COLUMNS)) -> str:
+    """A table, the totals, and a list of all that is wrong."""
+    rows = [[COLUMNS[name](report) for name in columns] for report in reports]
+    parts = [table(rows, columns, [name for name in columns if name not in TEXT]), f"{summary(reports)}."]
+    wrong = problems(reports)
+    if wrong:
+        parts.append(table(wrong, ("model", "where", "operation", "what")))
+    if is_paper(reports):
+        parts.append(PAPER)
+    return "\n\n".join(parts) + "\n"
+
+
+def table(rows: Iterable[Sequence[str]], columns: Sequence[str], numbers: Sequence[str] = ()) -> str:
+    """A Markdown table; the columns ``numbers`` stand to the right."""
+    marks = ["---:" if name in numbers else "---" for name in columns]
+    lines = [columns, marks, *[[_cell(text) for text in row] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """One line that Markdown takes as it stands."""
+    line = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("`", "\\`")
+
+
+def to_html(reports: Sequence[Coverage], versions: Mapping[str, str], title: str = "Coverage") -> str:
+    """One page that needs nothing else."""
+    from dynlrp.pages import render
+
+    return render(
+        "coverage.html",
+        title=title,
+        data={
+            "models": [report.to_dict() for report in reports],
+            "summary": {**asdict(summary(reports)), "share": summary(reports).share},
+            "versions": dict(versions),
+            "note": PAPER if is_paper(reports) else "",
+        },
+    )
+
+
+def is_paper(reports: Sequence[Coverage]) -> bool:
+    """Whether these are the paper's fifteen, all of them."""
+    return len(reports) == 15 and all(report.model.startswith("paper/") for report in reports)
+
+
+WRITERS: dict[str, Callable[[Sequence[Coverage], Mapping[str, str]], str]] = {
+    ".md": lambda reports, versions: to_markdown(reports),
+    ".csv": lambda reports, versions: to_csv(reports),
+    ".json": to_json,
+    ".html": to_html,
+}
+"""Formats by the ending of a file's name."""
+
+
+def check_ending(path: Path) -> None:
+    """Raise for a file whose name ends in no known format."""
+    if path.suffix not in WRITERS:
+        raise InputError(f"{path}: reports are written as {', '.join(WRITERS)}, not as {path.suffix or 'a bare name'}")
+
+
+def write(path: Path, reports: Sequence[Coverage], versions: Mapping[str, str]) -> None:
+    """Write a report in the format that the file's name ends in."""
+    check_ending(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(WRITERS[path.suffix](reports, versions), encoding="utf-8")
