@@ -133,6 +133,7 @@ def coverage(
     shape: Shape = "",
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes.")] = 1,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for one model.")] = 300.0,
+    memory: Annotated[float, typer.Option(min=0, help="GiB for one process; 0 is no limit.")] = 0.0,
     keep: Annotated[
         Path | None, typer.Option(help="A file that keeps reports, so that a run can be taken up again.")
     ] = None,
@@ -155,7 +156,7 @@ def coverage(
         for path in out or ():
             report.check_ending(path)
         wanted = survey.tasks(models, shape=_sizes(shape), composite=composite, verify=verify)
-        made = _survey(wanted, jobs, timeout, keep)
+        made = _survey(wanted, jobs, timeout, memory, keep)
         for path in out or ():
             report.write(path, made, survey.versions())
     if as_json or as_csv or as_markdown:
@@ -169,7 +170,7 @@ def coverage(
         raise typer.Exit(1)
 
 
-def _survey(wanted: Sequence[Task], jobs: int, timeout: float, keep: Path | None) -> list[Coverage]:
+def _survey(wanted: Sequence[Task], jobs: int, timeout: float, memory: float, keep: Path | None) -> list[Coverage]:
     """All reports, with a bar; those that are there when the user breaks off."""
     from dynlrp import survey
 
@@ -177,7 +178,7 @@ def _survey(wanted: Sequence[Task], jobs: int, timeout: float, keep: Path | None
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("", total=len(wanted))
         try:
-            for one in survey.survey(wanted, processes=jobs, timeout=timeout, kept=keep):
+            for one in survey.survey(wanted, processes=jobs, timeout=timeout, memory=memory, kept=keep):
                 made.append(one)
                 progress.update(bar, advance=1, description=escape(one.model))
         except KeyboardInterrupt:

@@ -283,6 +283,8 @@ class _Run:
                         f"the embedding of integer inputs lies inside of {step.path!r}, which the composite explains "
                         f"as one step: select modules behind it"
                     )
+        if any(taken) and active_fake_mode() is not None:  # no numbers tell where the others come from
+            copied = []
         for index, indices in copied:
             for number, ids in enumerate(inputs):
                 found = None if taken[number] else _places(indices, ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import resource
 import signal
 import time
 from collections import deque
@@ -32,15 +33,18 @@ class _Worker:
     started: float = 0.0
 
 
-def run(function: Callable[[Any], Any], arguments: Sequence[Any], *, jobs: int, timeout: float) -> Iterator[Outcome]:
+def run(
+    function: Callable[[Any], Any], arguments: Sequence[Any], *, jobs: int, timeout: float, memory: float = 0.0
+) -> Iterator[Outcome]:
     """Call ``function``, which a module must define, on each argument; outcomes come as they are ready.
 
     Args:
         jobs: number of processes.
         timeout: seconds for one call; then its process is ended.
+        memory: GiB of data that a process may have; what asks for more fails. 0 is no limit.
     """
     waiting = deque(arguments)
-    workers = [_start(function) for _ in range(min(jobs, len(waiting)))]
+    workers = [_start(function, memory) for _ in range(min(jobs, len(waiting)))]
     try:
         busy = [worker for worker in workers if _next(worker, waiting)]
         while busy:
@@ -53,7 +57,7 @@ def run(function: Callable[[Any], Any], arguments: Sequence[Any], *, jobs: int, 
                 outcome = _receive(worker) if worker.pipe in ready else _ended(worker, f"more than {timeout:g} s")
                 yield outcome
                 if not worker.process.is_alive() and waiting:
-                    workers[workers.index(worker)] = fresh = _start(function)
+                    workers[workers.index(worker)] = fresh = _start(function, memory)
                     busy[busy.index(worker)] = worker = fresh
                 if not (worker.process.is_alive() and _next(worker, waiting)):
                     busy.remove(worker)
@@ -63,9 +67,9 @@ def run(function: Callable[[Any], Any], arguments: Sequence[Any], *, jobs: int, 
             worker.process.join()
 
 
-def _start(function: Callable[[Any], Any]) -> _Worker:
+def _start(function: Callable[[Any], Any], memory: float) -> _Worker:
     ours, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=_serve, args=(function, theirs), daemon=True)
+    process = SPAWN.Process(target=_serve, args=(function, theirs, memory), daemon=True)
     process.start()
     theirs.close()
     return _Worker(process, ours)
@@ -96,8 +100,10 @@ def _ended(worker: _Worker, why: str) -> Outcome:
     return Outcome(worker.argument, error=why)
 
 
-def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
+def _serve(function: Callable[[Any], Any], pipe: Connection, memory: float) -> None:
     """A worker's life."""
+    if memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30),) * 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     while True:
         try:

@@ -49,6 +49,7 @@ def survey(
     *,
     processes: int = 1,
     timeout: float = 300.0,
+    memory: float = 0.0,
     kept: Path | None = None,
     make: Callable[[Task], Coverage] | None = None,
 ) -> Iterator[Coverage]:
@@ -57,6 +58,7 @@ def survey(
     Args:
         processes: how many run at once.
         timeout: seconds for one model.
+        memory: GiB for one process; 0 is no limit.
         kept: a file of JSON lines to which reports are added. Those it has from the same versions are not made again.
         make: makes one report; by default that on a model of the zoo.
     """
@@ -67,7 +69,7 @@ def survey(
             yield old[task.key]
         else:
             missing.append(task)
-    for task, report, error in jobs.run(make or report_on, missing, jobs=processes, timeout=timeout):
+    for task, report, error in jobs.run(make or report_on, missing, jobs=processes, timeout=timeout, memory=memory):
         if report is None:
             report = Coverage(task.model, error=error)
         elif kept is not None and task.keeps:

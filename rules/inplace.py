@@ -25,20 +25,30 @@ MANY = 8
 """Fewer elements may have the same derivative by chance."""
 
 
-class _Factors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what a derivative does beside copies, fills and sums: scaling by numbers, and all else."""
+class _Traces(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows what a derivative does with its tensors, by the memory they lie in: ``scaled`` by a number, or
+    ``changed`` by more than copies, fills and sums."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.numbers = self.others = 0
+        self._marks: dict[int, frozenset[str]] = {}
+        self._seen: list[Tensor] = []  # so that no memory is used twice
+
+    def marks(self, tensor: Tensor) -> frozenset[str]:
+        return self._marks.get(tensor.untyped_storage()._cdata, frozenset())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
         name = func.__name__.partition(".")[0]
+        found = frozenset[str]().union(*(self.marks(a) for a in args if isinstance(a, Tensor)))
         if name in ("mul", "mul_", "div", "div_") and not (isinstance(args[1], Tensor) and args[1].ndim):
-            self.numbers += 1
+            found |= {"scaled"}
         elif name not in COPIES:
-            self.others += 1
-        return func(*args, **(kwargs or {}))
+            found |= {"changed"}
+        if isinstance(made, Tensor):
+            self._marks[made.untyped_storage()._cdata] = found
+            self._seen.append(made)
+        return made
 
 
 def _passes(node: Any) -> bool:
@@ -51,14 +61,15 @@ def _passes(node: Any) -> bool:
     """
     metadata = node._input_metadata[0]
     ones = torch.ones(metadata.shape, dtype=metadata.dtype, device=metadata.device)
-    factors = _Factors()
-    with factors if isinstance(ones, FakeTensor) else nullcontext():
+    traces = _Traces()
+    with traces if isinstance(ones, FakeTensor) else nullcontext():
         result = node(ones)
     passed, *others = result if isinstance(result, tuple) else (result,)
     if passed is None:
         return True
     if isinstance(passed, FakeTensor):  # no numbers to look at
-        return not factors.others and (not factors.numbers or all(o is None for o in others))
+        found = traces.marks(passed)
+        return "changed" not in found and ("scaled" not in found or all(o is None for o in others))
     scaled = passed[(passed != 0) & (passed != 1)]
     if not len(scaled):
         return True

@@ -1,0 +1,299 @@
+"""The coverage of one model: what is counted, without numbers as with them, and what an explanation confirms."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from dynlrp import Coverage, InputError, coverage
+from dynlrp.coverage import capture, verification
+from dynlrp.explain import settle
+from dynlrp.rules import linear_operation
+from tests.conftest import Apply, Opaque, sample
+
+MOVES = {"ReshapeAliasBackward0": "ViewBackward0"}
+"""The names that one movement has with numbers and without."""
+
+
+class Cube(torch.autograd.Function):
+    """x^3"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 3 * g * ctx.saved_tensors[0] ** 2
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+def counts(report: Coverage) -> dict[str, tuple[int, int, int]]:
+    return {o.name: (o.nodes, o.reached, o.covered) for o in report.operations}
+
+
+def test_counts_of_a_small_net() -> None:
+    """Two linear layers transpose their weights, where no relevance passes; the four parameters are leaves."""
+    report = coverage(mlp(), torch.randn(2, 4))
+    assert counts(report) == {"AddmmBackward0": (2, 2, 2), "TBackward0": (2, 0, 2), "ReluBackward0": (1, 1, 1)}
+    assert (report.nodes, report.covered, report.reached, report.leaves) == (5, 5, 3, 4)
+    assert (report.parameters, report.operations_covered, report.status) == (4 * 8 + 8 + 8 * 3 + 3, 3, "covered")
+    assert report.uncovered == ()
+    assert report.fake
+    assert report.modality == ""
+
+
+def test_a_hand_made_gate_has_its_role_and_its_promises() -> None:
+    model = Apply(lambda x: torch.sigmoid(x) * x.sin())
+    report = coverage(model, torch.randn(2, 4))
+    assert report.roles == {"gate": 1}
+    assert report.nodes == 3
+    settled, runs = settle(model, torch.randn(2, 4))
+    promises = settled.promises.report(len(settled.plan.steps))
+    assert (report.promises, report.delta, report.rho, report.runs) == (
+        promises.count,
+        promises.delta,
+        promises.density,
+        runs,
+    )
+
+
+def test_an_operation_without_a_rule_is_a_gap() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Apply(Opaque.apply), nn.Linear(4, 3)).eval()
+    report = coverage(model, torch.randn(2, 4))
+    (gap,) = report.uncovered
+    assert (gap.operation, gap.path, gap.nodes, gap.reached, gap.reason) == ("OpaqueBackward", "1", 1, True, "")
+    assert (report.nodes, report.covered) == (5, 4)
+    assert (len(report.operations), report.operations_covered, report.status) == (3, 2, "gaps")
+
+
+@pytest.mark.usefixtures("registry")
+def test_the_nearest_rule_is_named() -> None:
+    linear_operation("OpakeBackward")
+    report = coverage(Apply(Opaque.apply), torch.randn(2, 4))
+    assert report.uncovered[0].nearest == "OpakeBackward"
+
+
+def test_a_blocked_operation_is_a_gap_with_its_reason() -> None:
+    report = coverage(Apply(lambda x: nn.functional.mse_loss(x, x.detach() * 2, reduction="none")), torch.randn(2, 4))
+    (gap,) = report.uncovered
+    assert gap.operation == "MseLossBackward0"
+    assert "logits" in gap.reason or gap.reason
+    assert report.covered == report.nodes - 1 == 0
+
+
+def test_a_fallback_is_not_counted() -> None:
+    """The composite of plain gradients has a rule for softmax, but it is not softmax's own."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Softmax(-1)).eval()
+    own, plain = (coverage(model, torch.randn(2, 4), composite=c) for c in ("attnlrp", "gradient_x_input"))
+    assert (own.nodes, own.covered) == (3, 3)
+    assert (plain.nodes, plain.covered, [gap.operation for gap in plain.uncovered]) == (3, 2, ["SoftmaxBackward0"])
+
+
+@pytest.mark.parametrize("name", ["conv_bn", "resnet", "vit", "bert", "minilm", "gpt2"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_numbers_are_needed(name: str, frozen: bool) -> None:
+    """The graph, its plan and its promises are those of a run. (Llama, not told to hide anything, makes itself a mask
+    where it cannot look whether it needs one.)"""
+    model, inputs, target = sample(name)
+    model.requires_grad_(not frozen)
+    (one, runs), fake = capture(model, inputs, target)
+    other, real_runs = settle(model, inputs, target)
+    assert fake
+    assert runs == real_runs
+    assert [MOVES.get(n, n) for n in one.graph.names] == [MOVES.get(n, n) for n in other.graph.names]
+    assert one.graph.operands == other.graph.operands
+    assert [(s.index, s.rule, s.signals, s.needs) for s in one.plan.steps] == [
+        (s.index, s.rule, s.signals, s.needs) for s in other.plan.steps
+    ]
+    assert one.promises.report(1) == other.promises.report(1)
+    paths = [[s.path(node._sequence_nr()) for node in s.graph.nodes] for s in (one, other)]
+    assert paths[0] == paths[1]
+
+
+WRITES: dict[str, tuple[Callable[[Tensor, Tensor], Any], bool]] = {
+    "copy": (lambda y, x: y[:, :2].copy_(x[:, 1:3]), True),
+    "set": (lambda y, x: y.__setitem__((slice(None), 0), x[:, 1]), True),
+    "fill": (lambda y, x: y[:, 0].fill_(3.0), True),
+    "add": (lambda y, x: y[:, 0].add_(x[:, 1]), True),
+    "sub": (lambda y, x: y[:, 0].sub_(x[:, 1], alpha=2), True),
+    "scale": (lambda y, x: y[:, :16].mul_(3.0), True),
+    "divide": (lambda y, x: y[:, :16].div_(2), True),
+    "addcmul": (lambda y, x: y[:, 0].addcmul_(x[:, 1], x[:, 2], value=3), True),
+    "mask": (lambda y, x: y[:, :1].masked_fill_(x[:, :1] > 0, 0.0), True),
+    "multiply": (lambda y, x: y[:, 0].mul_(x[:, 1]), False),
+    "exp": (lambda y, x: y[:, 0].exp_(), False),
+    "sigmoid": (lambda y, x: y[:, 0].sigmoid_(), False),
+    "square": (lambda y, x: y[:, 0].square_(), False),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writes_into_views_are_judged_alike_without_numbers(name: str) -> None:
+    write, passes = WRITES[name]
+
+    def model(x: Tensor) -> Tensor:
+        y = x * 2 + 1
+        write(y, x)
+        return y
+
+    x = torch.randn(4, 32)
+    (settled, _), fake = capture(Apply(model), x)
+    real, _ = settle(Apply(model), x)
+    assert fake
+    for one in (settled, real):
+        judged = [facts for n, facts in zip(one.graph.names, one.structure.facts, strict=True) if "CopySlices" in n]
+        assert judged == [passes]
+
+
+class Careless(nn.Module):
+    """Keeps a tensor, counts its runs, draws numbers in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.register_buffer("seen", torch.zeros(4))
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = x @ self.weight
+        self.seen += x.sum(0)
+        return self.kept
+
+
+def test_the_model_is_not_touched() -> None:
+    model = Careless().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    versions = {name: value._version for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    coverage(model, torch.randn(2, 4, generator=torch.Generator().manual_seed(0)))
+    assert model.kept is None
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert value._version == versions[name]
+        assert type(value) is Tensor
+    assert model.weight.grad is None
+
+
+def test_a_model_that_reads_numbers_runs() -> None:
+    report = coverage(Apply(lambda x: x * 2 if x.sum() > 0 else x.exp()), torch.ones(2, 3))
+    assert not report.fake
+    assert counts(report) == {"MulBackward0": (1, 1, 1)}
+
+
+def test_a_model_without_weights_that_reads_numbers_cannot_be_captured() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 3), Apply(lambda x: x * 2 if x.sum() > 0 else x.exp())).eval()
+    with pytest.raises(InputError, match=r"needs numbers.*Build it with weights"):
+        coverage(model, torch.ones(2, 3))
+
+
+def llama(layers: int) -> nn.Module:
+    """Llama 3 with the sizes of its 70 billion parameters."""
+    config = transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=layers,
+        num_attention_heads=64, num_key_value_heads=8, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_seventy_billion_parameters() -> None:
+    """Every layer after the second is like it; the weights would be 282 GB."""
+    inputs = {"input_ids": torch.arange(5, 21).reshape(1, 16)}
+    one, two = (coverage(llama(layers), inputs).nodes for layers in (1, 2))
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    report = coverage(llama(80), inputs)
+    assert report.parameters == 70_553_706_496
+    assert report.nodes == report.covered == one + 79 * (two - one)
+    assert report.roles["gate"] == 80
+    assert report.fake
+    assert time.perf_counter() - start < 60  # 2 s where nothing else runs
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+def test_an_explanation_verifies() -> None:
+    report = coverage(mlp(), torch.randn(2, 4), verify=True)
+    check = report.verification
+    assert check is not None
+    assert check.passed
+    assert check.balanced == ("AddmmBackward0", "CloneBackward0", "ReluBackward0", "TBackward0")
+    assert (report.verified, report.status) == (5, "verified")
+    assert check.residual < 1e-6
+    assert check.ratio == check.explain_seconds / check.gradient_seconds > 0
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_rule_that_does_not_conserve_is_not_verified() -> None:
+    """As a linear operation x^3 passes three times its value: the ledger is open by 2 of 3."""
+    linear_operation("CubeBackward")
+    report = coverage(Apply(Cube.apply), torch.rand(1, 4) + 1, verify=True)
+    check = report.verification
+    assert check is not None
+    assert (report.nodes, report.covered, report.verified, report.status) == (1, 1, 0, "not verified")
+    assert check.residual == pytest.approx(2 / 3, rel=1e-5)
+    assert not check.error
+
+
+def test_what_fails_in_the_explanation_is_told() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Apply(Opaque.apply)).eval()
+    check = verification(model, torch.randn(2, 4))
+    assert not check.passed
+    assert check.error.startswith("UnknownOperationError: 1 operation(s) have no rule")
+    assert coverage(model, torch.randn(2, 4), verify=True).verified == 0
+
+
+def test_a_changed_output_is_seen() -> None:
+    """A model that gives another output each time is not what was explained."""
+    calls = iter(range(1, 100))
+    check = verification(Apply(lambda x: x * next(calls)), torch.ones(1, 3))
+    assert check.closes
+    assert not check.unchanged
+    assert not check.passed
+
+
+def test_a_report_survives_json() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Apply(Opaque.apply), nn.Sigmoid()).eval()
+    for verify in (False, True):
+        report = coverage(model, torch.randn(2, 4), verify=verify, name="<b>")
+        assert Coverage.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert report.to_dict()["status"] == "gaps"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kind"),
+    [
+        ({"input_ids": 0, "attention_mask": 0}, "text"),
+        ({"pixel_values": 0, "input_ids": 0}, "multimodal"),
+        ({"input_features": 0, "decoder_input_ids": 0}, "audio"),
+        ({"past_values": 0}, "time series"),
+        (torch.zeros(1, 3, 8, 8), "vision"),
+        (torch.zeros(1, 3), ""),
+    ],
+)
+def test_modality(inputs: Any, kind: str) -> None:
+    from dynlrp.coverage import modality
+
+    assert modality(inputs) == kind
+
+
+def test_nothing_heavy_is_imported_with_the_package() -> None:
+    import subprocess
+    import sys
+
+    heavy = {"typer", "rich", "jinja2", "networkx", "transformers", "matplotlib"}
+    code = f"import dynlrp, sys; print(sorted({heavy!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
