@@ -138,7 +138,7 @@ def depth_for(graph: nx.DiGraph[int], most: int = SHOWN) -> int:
     """How deep modules can be unfolded so that no more than ``most`` nodes are seen."""
     modules = [data["module"].split(".") if data["module"] else [] for _, data in graph.nodes(data=True)]
     depth = 0
-    while depth <= max(map(len, modules), default=0):
+    while depth < max(map(len, modules), default=0):
         deeper = depth + 1
         seen = {tuple(m[: deeper + 1]) if len(m) > deeper else (number,) for number, m in enumerate(modules)}
         if len(seen) > most:

@@ -14,6 +14,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 SPAWN = multiprocessing.get_context("spawn")
+START = 300.0
+"""Seconds for a process to be ready for a call: the first one waits for its imports."""
 
 
 class Outcome(NamedTuple):
@@ -30,7 +32,7 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     argument: Any = None
-    started: float = 0.0
+    deadline: float = 0.0
 
 
 def run(
@@ -48,13 +50,18 @@ def run(
     try:
         busy = [worker for worker in workers if _next(worker, waiting)]
         while busy:
-            nearest = min(worker.started for worker in busy) + timeout - time.monotonic()
+            nearest = min(worker.deadline for worker in busy) - time.monotonic()
             ready = wait([worker.pipe for worker in busy], max(0.0, nearest))
             for worker in list(busy):
-                late = time.monotonic() - worker.started > timeout
-                if worker.pipe not in ready and not late:
+                if worker.pipe in ready:
+                    outcome = _receive(worker)
+                elif time.monotonic() > worker.deadline:
+                    outcome = _ended(worker, f"more than {timeout:g} s")
+                else:
                     continue
-                outcome = _receive(worker) if worker.pipe in ready else _ended(worker, f"more than {timeout:g} s")
+                if outcome is None:  # it starts only now
+                    worker.deadline = time.monotonic() + timeout
+                    continue
                 yield outcome
                 if not worker.process.is_alive() and waiting:
                     workers[workers.index(worker)] = fresh = _start(function, memory)
@@ -78,20 +85,20 @@ def _start(function: Callable[[Any], Any], memory: float) -> _Worker:
 def _next(worker: _Worker, waiting: deque[Any]) -> bool:
     if not waiting:
         return False
-    worker.argument, worker.started = waiting.popleft(), time.monotonic()
+    worker.argument, worker.deadline = waiting.popleft(), time.monotonic() + START
     worker.pipe.send(worker.argument)
     return True
 
 
-def _receive(worker: _Worker) -> Outcome:
+def _receive(worker: _Worker) -> Outcome | None:
     try:
-        value, error = worker.pipe.recv()
+        answer = worker.pipe.recv()
     except (EOFError, ConnectionResetError):
         worker.process.join()
         code = worker.process.exitcode or 0
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return _ended(worker, f"the process ended with {how}")
-    return Outcome(worker.argument, value, error)
+    return None if answer is None else Outcome(worker.argument, *answer)
 
 
 def _ended(worker: _Worker, why: str) -> Outcome:
@@ -110,6 +117,7 @@ def _serve(function: Callable[[Any], Any], pipe: Connection, memory: float) -> N
             argument = pipe.recv()
         except EOFError:
             return
+        pipe.send(None)
         try:
             answer = function(argument), ""
         except Exception as error:

@@ -62,7 +62,7 @@ class Summary:
 
     def __str__(self) -> str:
         text = f"{self.models:,} models"
-        text += f", of which {self.failed} failed" * bool(self.failed)
+        text += f", {self.failed} of them without a report" * bool(self.failed)
         text += f": {self.covered:,} of {self.nodes:,} nodes covered ({100 * self.share:.2f} %)"
         text += f", {self.operations_covered} of {self.operations} operations"
         if self.asked:
@@ -95,7 +95,7 @@ def problems(reports: Iterable[Coverage]) -> list[tuple[str, str, str, str]]:
     found = []
     for report in reports:
         if report.error:
-            found.append((report.model, "not built", "", _line(report.error)))
+            found.append((report.model, "no report", "", _line(report.error)))
         for gap in report.uncovered:
             known = gap.reason or (f"nearest rule: {gap.nearest}" if gap.nearest else "")
             times = f"{gap.nodes} nodes. " if gap.nodes > 1 else ""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dynlrp.errors import RuleError
 from dynlrp.rules.operation import Operation, register
 
 COPIES = frozenset(
@@ -57,7 +58,7 @@ def _passes(node: Any) -> bool:
     The node does not tell which operation wrote. If its derivative is 0 or 1 it was a copy, a sum or a fill, or acts
     like one: linear up to a constant. One other number, for many elements and with no second operand, is a scaling
     (a function of equal numbers would look the same). Anything else may be linear, or may not be. Fake tensors have no
-    numbers: there the operations that the derivative is made of must tell.
+    numbers: there the operations that the derivative is made of tell, or an error.
     """
     metadata = node._input_metadata[0]
     ones = torch.ones(metadata.shape, dtype=metadata.dtype, device=metadata.device)
@@ -69,7 +70,12 @@ def _passes(node: Any) -> bool:
         return True
     if isinstance(passed, FakeTensor):  # no numbers to look at
         found = traces.marks(passed)
-        return "changed" not in found and ("scaled" not in found or all(o is None for o in others))
+        if "changed" in found or ("scaled" in found and any(o is not None for o in others)):
+            raise RuleError(
+                "the numbers must tell what wrote into a part of a tensor here, and fake tensors have none: give the "
+                "model weights"
+            )
+        return True
     scaled = passed[(passed != 0) & (passed != 1)]
     if not len(scaled):
         return True

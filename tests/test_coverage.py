@@ -24,7 +24,7 @@ MOVES = {"ReshapeAliasBackward0": "ViewBackward0"}
 
 
 class Cube(torch.autograd.Function):
-    """x^3"""
+    """The cube."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -105,8 +105,10 @@ def test_a_fallback_is_not_counted() -> None:
 @pytest.mark.parametrize("name", ["conv_bn", "resnet", "vit", "bert", "minilm", "gpt2"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_no_numbers_are_needed(name: str, frozen: bool) -> None:
-    """The graph, its plan and its promises are those of a run. (Llama, not told to hide anything, makes itself a mask
-    where it cannot look whether it needs one.)"""
+    """The graph, its plan and its promises are those of a run.
+
+    Not so Llama: not told to hide anything, it makes itself a mask where it cannot look whether it needs one.
+    """
     model, inputs, target = sample(name)
     model.requires_grad_(not frozen)
     (one, runs), fake = capture(model, inputs, target)
@@ -141,7 +143,7 @@ WRITES: dict[str, tuple[Callable[[Tensor, Tensor], Any], bool]] = {
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_writes_into_views_are_judged_alike_without_numbers(name: str) -> None:
+def test_writes_into_views_are_judged_without_numbers(name: str) -> None:
     write, passes = WRITES[name]
 
     def model(x: Tensor) -> Tensor:
@@ -151,11 +153,9 @@ def test_writes_into_views_are_judged_alike_without_numbers(name: str) -> None:
 
     x = torch.randn(4, 32)
     (settled, _), fake = capture(Apply(model), x)
-    real, _ = settle(Apply(model), x)
-    assert fake
-    for one in (settled, real):
-        judged = [facts for n, facts in zip(one.graph.names, one.structure.facts, strict=True) if "CopySlices" in n]
-        assert judged == [passes]
+    judged = [f for name, f in zip(settled.graph.names, settled.structure.facts, strict=True) if "CopySlices" in name]
+    assert judged == [passes]
+    assert fake == passes  # of what changes values, only the numbers can tell that they are all multiplied alike
 
 
 class Careless(nn.Module):
