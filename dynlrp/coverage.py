@@ -270,7 +270,7 @@ def _has_weights(model: Any) -> bool:
 
 
 def _report(settled: Settled, runs: int) -> Coverage:
-    graph, steps = settled.graph, {step.index: step for step in settled.plan.steps}
+    graph, steps, facts = settled.graph, settled.steps(), settled.facts()
     counts: dict[str, list[int]] = {}
     rules: dict[str, Counter[str]] = {}
     gaps: Counter[tuple[str, str, bool, str]] = Counter()
@@ -279,7 +279,7 @@ def _report(settled: Settled, runs: int) -> Coverage:
         if node_name == LEAF or index in ours:
             continue
         step = steps.get(index)
-        reason, covered = covers(node_name, settled.structure.facts[index], step)
+        reason, covered = covers(node_name, facts.get(index), step)
         count = counts.setdefault(node_name, [0, 0, 0])
         count[0] += 1
         count[1] += step is not None

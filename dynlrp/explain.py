@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -30,7 +30,7 @@ from dynlrp.expansion import Expander
 from dynlrp.explanation import Explanation
 from dynlrp.graph import Edge, Graph, Node, Structure, saved
 from dynlrp.ledger import Ledger
-from dynlrp.plan import Plan, UnknownNodes, make_plan
+from dynlrp.plan import Plan, StepPlan, UnknownNodes, make_plan
 from dynlrp.promise import FREED, Operands, Promises
 from dynlrp.rules.operation import REGISTRY, product
 from dynlrp.submodule import Gathered
@@ -210,6 +210,15 @@ class Settled(NamedTuple):
     """Tensors whose relevance is wanted."""
     path: Callable[[int], str]
     """Module path of an operation by its sequence number."""
+
+    def steps(self) -> dict[int, StepPlan]:
+        """What happens at every node that relevance meets; at all nodes of a chain the same."""
+        return {index: step for step in self.plan.steps for index in step.chain or (step.index,)}
+
+    def facts(self) -> dict[int, Hashable]:
+        """What nodes tell of themselves beyond their name."""
+        skeleton = self.structure.skeleton
+        return {index: fact for (index, _), fact in zip(skeleton.telling, self.structure.facts, strict=True)}
 
 
 class _Run:

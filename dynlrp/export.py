@@ -62,14 +62,14 @@ def to_networkx(settled: Settled) -> nx.DiGraph[int]:
     """
     import networkx as nx
 
-    graph, steps = settled.graph, {step.index: step for step in settled.plan.steps}
+    graph, steps, facts = settled.graph, settled.steps(), settled.facts()
     found, ours = roles(settled.structure), copies(settled)
     made: nx.DiGraph[int] = nx.DiGraph()
     for index, (name, node) in enumerate(zip(graph.names, graph.nodes, strict=True)):
         if name == LEAF:
             continue
         step, operation = steps.get(index), REGISTRY.get(name)
-        covered = covers(name, settled.structure.facts[index], step)[1]
+        covered = covers(name, facts.get(index), step)[1]
         kind = "input" if index in ours else class_of(operation.family) if operation and covered else "uncovered"
         below = [edge for edge in graph.operands[index] if edge is not None]
         made.add_node(
