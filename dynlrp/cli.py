@@ -190,12 +190,13 @@ def _print_reports(made: Sequence[Coverage]) -> None:
     from dynlrp import report
 
     table = Table(box=None, pad_edge=False)
-    for name in report.COLUMNS:
+    columns = report.columns_for(made)
+    for name in columns:
         table.add_column(name, justify="left" if name in report.TEXT else "right", overflow="fold")
     for one in made:
-        table.add_row(*(escape(cell(one)) for cell in report.COLUMNS.values()))
+        table.add_row(*(escape(cell(one)) for cell in columns.values()))
     wrong = Table(box=None, pad_edge=False)
-    for name in ("model", "where", "operation", "what"):
+    for name in report.PROBLEM:
         wrong.add_column(name, overflow="fold")
     for row in report.problems(made):
         wrong.add_row(*map(escape, row))

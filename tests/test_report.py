@@ -85,7 +85,7 @@ def test_markdown() -> None:
     assert {len(row) for row in rows[:6]} == {len(report.COLUMNS)}
     cells = dict(zip(report.COLUMNS, (cell.strip() for cell in rows[2]), strict=True))
     assert cells == {
-        "model": "family/good", "kind": "text", "parameters": "1,234", "nodes": "10", "covered": "10",
+        "model": "family/good", "kind": "text", "parameters": "1,234", "nodes": "10", "leaves": "3", "covered": "10",
         "operations": "2/2", "verified": "10", "residual": "1e-08", "promises": "5", "delta": "1", "rho": "0.250",
         "roles": "gate 2, self gate 1", "time": "2.0x", "status": "verified",
     }  # fmt: skip
@@ -118,6 +118,16 @@ def test_the_papers_figures_stand_beside_all_fifteen_alone() -> None:
     assert "31,440" in report.to_markdown(fifteen)
     assert "31,465" in report.to_html(fifteen, VERSIONS)
     assert "31,440" not in report.to_markdown(fifteen[:14])
+
+
+def test_the_papers_rows_stand_beside_ours() -> None:
+    """The paper's rows add up to less than its total."""
+    covered, nodes = (sum(row[k] for row in report.PAPER_ROWS.values()) for k in (0, 1))
+    assert (covered + 600, nodes + 600) == report.PAPER_TOTAL
+    mamba = Coverage("paper/mamba-130m", nodes=10, covered=10)
+    assert report.to_markdown([mamba]).splitlines()[2].endswith("| 3,397/3,421, 25/26 |")
+    assert "the paper" not in report.to_markdown([GOOD])
+    assert "3,397/3,421" in report.to_html([mamba], VERSIONS)
 
 
 class Tags(HTMLParser):

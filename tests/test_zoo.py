@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 from dynlrp import zoo
+from dynlrp.report import PAPER_ROWS
 from dynlrp.zoo import ZooError, examine, find
 from dynlrp.zoo.families import model_types
 
@@ -40,6 +41,7 @@ ROUNDED = {"wav2vec2-xls-r-300m", "whisper-small", "roberta-large", "deplot"}
 def test_the_papers_fifteen_have_their_published_sizes() -> None:
     entries = {name: entry for name, entry in zoo.entries().items() if name.startswith("paper/")}
     assert [name.removeprefix("paper/") for name in entries] == list(PARAMETERS)
+    assert set(entries) == set(PAPER_ROWS)
     for name, size in PARAMETERS.items():
         entry = entries[f"paper/{name}"]
         model = entry.build().model

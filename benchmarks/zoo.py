@@ -1,0 +1,122 @@
+"""Writes the pages of results of both zoos: ``python -m benchmarks.zoo --write`` (a quarter of an hour on one core).
+
+Every model of the zoo is reported on and verified, one process each, and ``out/zoo.jsonl`` keeps the reports, so that
+a run that was stopped goes on. ``--from FILE.json`` takes reports that ``dynlrp coverage -o FILE.json`` made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from dynlrp import Coverage, report, survey
+
+PAGES = Path(__file__).parent.parent / "docs" / "pages" / "zoo"
+COMMAND = "python -m benchmarks.zoo --write"
+
+
+def paper_page(reports: Sequence[Coverage]) -> str:
+    """The fifteen models of the paper."""
+    total = report.summary(reports)
+    covered, nodes = report.PAPER_TOTAL
+    rows = [
+        ["the paper, leaves included", f"{nodes:,}", f"{covered:,}", _percent(covered / nodes), "2 missing"],
+        ["dynlrp", f"{total.nodes:,}", f"{total.covered:,}", _percent(total.share), _missing(total)],
+        ["dynlrp, leaves included", f"{total.nodes + total.leaves:,}", f"{total.covered + total.leaves:,}",
+         _percent((total.covered + total.leaves) / (total.nodes + total.leaves)), _missing(total)],
+    ]  # fmt: skip
+    return f"""# The paper's fifteen models
+
+The models on which [Always Keep Your Promises](https://arxiv.org/abs/2512.07010) counts its coverage, at their
+published sizes. Their graphs are captured without weights; *verified*, *residual* and *time* come from small models of
+the same kinds, {total.passed} of {total.asked} of which were explained with a ledger that closes.
+[What the columns say](../howto/coverage.md#what-is-counted). The same as [a page to sort and filter](paper.html).
+
+{report.table(rows, ["", "nodes", "covered", "share", "operations"], ["nodes", "covered", "share"])}
+
+{report.models_table(reports, without=["roles", "kind"])}
+
+{report.PAPER}
+
+{_wrong(reports)}
+{_made(reports)}"""
+
+
+def families_page(reports: Sequence[Coverage]) -> str:
+    """Small models of every architecture of transformers, and of timm where it is installed."""
+    good = [one for one in reports if not one.error]
+    kinds = Counter(one.modality or "other" for one in good)
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    times = sorted(one.verification.ratio for one in good if one.verification and one.verification.ratio)
+    return f"""# A model of every architecture
+
+Every model type of transformers as a small model with random weights, made from its own configuration class by one
+shrinker: {len(good)} of {len(reports)} could be built here ({listed}). Every node of their graphs is looked up, and
+every model is explained. [What the columns say](../howto/coverage.md#what-is-counted).
+
+{report.summary(reports)}. An explanation takes {times[len(times) // 2]:.1f} times as long as forward and gradient (the
+median; these models are so small that the work per operation is everything).
+
+## What fails
+
+{_wrong(reports)}
+
+## What works
+
+{report.models_table(good, without=["parameters", "leaves", "roles"])}
+
+{_made(reports)}"""
+
+
+def _wrong(reports: Sequence[Coverage]) -> str:
+    found = report.problems(reports)
+    return report.table(found, report.PROBLEM) if found else "Nothing fails.\n"
+
+
+def _missing(total: report.Summary) -> str:
+    return f"{total.operations - total.operations_covered} missing of {total.operations}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _made(reports: Sequence[Coverage]) -> str:
+    found = ", ".join(f"{name} {value}" for name, value in survey.versions().items() if name != "source")
+    return f"Composite `{reports[0].composite}`; {found}, Python {platform.python_version()}. Written by `{COMMAND}`.\n"
+
+
+def main() -> None:
+    """Make the reports, or read them, and write the pages."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"write {PAGES}")
+    parser.add_argument("--from", dest="read", type=Path, nargs="*", help="reports as JSON, instead of making them")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--keep", type=Path, default=Path("out/zoo.jsonl"))
+    options = parser.parse_args()
+    if options.read:
+        reports = [one for file in options.read for one in report.from_json(file.read_text("utf-8"))]
+    else:
+        options.keep.parent.mkdir(parents=True, exist_ok=True)
+        wanted = survey.tasks(["paper/*", "family/*"], verify=True)
+        made = []
+        for one in survey.survey(wanted, processes=options.jobs, timeout=60, memory=5, kept=options.keep):
+            print(one, flush=True)
+            made.append(one)
+        reports = survey.order(made, wanted)
+    paper = [one for one in reports if one.model.startswith("paper/")]
+    rest = [one for one in reports if not one.model.startswith("paper/")]
+    if options.write:
+        PAGES.mkdir(exist_ok=True)
+        (PAGES / "paper.md").write_text(paper_page(paper), "utf-8")
+        (PAGES / "families.md").write_text(families_page(rest), "utf-8")
+        report.write(PAGES / "paper.html", paper, survey.versions())
+    else:
+        print(paper_page(paper), families_page(rest))
+
+
+if __name__ == "__main__":
+    main()
