@@ -7,18 +7,21 @@ a run that was stopped goes on. ``--from FILE.json`` takes reports that ``dynlrp
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dynlrp import Coverage, report, survey
+from dynlrp.zoo import entries
 
 PAGES = Path(__file__).parent.parent / "docs" / "pages" / "zoo"
 COMMAND = "python -m benchmarks.zoo --write"
+ZOOS = ("paper/", "family/", "timm/")
 
 
-def paper_page(reports: Sequence[Coverage]) -> str:
+def paper_page(reports: Sequence[Coverage], versions: Mapping[str, str]) -> str:
     """The fifteen models of the paper."""
     total = report.summary(reports)
     covered, nodes = report.PAPER_TOTAL
@@ -42,10 +45,10 @@ the same kinds, {total.passed} of {total.asked} of which were explained with a l
 {report.PAPER}
 
 {_wrong(reports)}
-{_made(reports)}"""
+{_made(reports, versions)}"""
 
 
-def families_page(reports: Sequence[Coverage]) -> str:
+def families_page(reports: Sequence[Coverage], versions: Mapping[str, str]) -> str:
     """Small models of every architecture of transformers, and of timm where it is installed."""
     good = [one for one in reports if not one.error]
     kinds = Counter(one.modality or "other" for one in good)
@@ -53,9 +56,10 @@ def families_page(reports: Sequence[Coverage]) -> str:
     times = sorted(one.verification.ratio for one in good if one.verification and one.verification.ratio)
     return f"""# A model of every architecture
 
-Every model type of transformers as a small model with random weights, made from its own configuration class by one
-shrinker: {len(good)} of {len(reports)} could be built here ({listed}). Every node of their graphs is looked up, and
-every model is explained. [What the columns say](../howto/coverage.md#what-is-counted).
+Every model type of transformers as a small model with random weights (`family/...`), made from its own configuration
+class by one shrinker, and the smallest model of every module of timm where that is installed (`timm/...`). Of
+{len(reports)}, {len(good)} could be built here ({listed}). Every node of their graphs is looked up, and every model is
+explained. [What the columns say](../howto/coverage.md#what-is-counted).
 
 {report.summary(reports)}. An explanation takes {times[len(times) // 2]:.1f} times as long as forward and gradient (the
 median; these models are so small that the work per operation is everything).
@@ -68,7 +72,7 @@ median; these models are so small that the work per operation is everything).
 
 {report.models_table(good, without=["parameters", "leaves", "roles"])}
 
-{_made(reports)}"""
+{_made(reports, versions)}"""
 
 
 def _wrong(reports: Sequence[Coverage]) -> str:
@@ -84,8 +88,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
-def _made(reports: Sequence[Coverage]) -> str:
-    found = ", ".join(f"{name} {value}" for name, value in survey.versions().items() if name != "source")
+def _made(reports: Sequence[Coverage], versions: Mapping[str, str]) -> str:
+    found = ", ".join(f"{name} {value}" for name, value in versions.items() if name != "source")
     return f"Composite `{reports[0].composite}`; {found}, Python {platform.python_version()}. Written by `{COMMAND}`.\n"
 
 
@@ -97,25 +101,28 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--keep", type=Path, default=Path("out/zoo.jsonl"))
     options = parser.parse_args()
+    reports: list[Coverage] = []
+    versions = dict(survey.versions())
     if options.read:
-        reports = [one for file in options.read for one in report.from_json(file.read_text("utf-8"))]
+        for text in (file.read_text("utf-8") for file in options.read):
+            reports += report.from_json(text)
+            versions |= json.loads(text)["versions"]
     else:
         options.keep.parent.mkdir(parents=True, exist_ok=True)
-        wanted = survey.tasks(["paper/*", "family/*"], verify=True)
-        made = []
+        wanted = survey.tasks([name for name in entries() if name.startswith(ZOOS)], verify=True)
         for one in survey.survey(wanted, processes=options.jobs, timeout=60, memory=5, kept=options.keep):
             print(one, flush=True)
-            made.append(one)
-        reports = survey.order(made, wanted)
+            reports.append(one)
+        reports = survey.order(reports, wanted)
     paper = [one for one in reports if one.model.startswith("paper/")]
     rest = [one for one in reports if not one.model.startswith("paper/")]
     if options.write:
         PAGES.mkdir(exist_ok=True)
-        (PAGES / "paper.md").write_text(paper_page(paper), "utf-8")
-        (PAGES / "families.md").write_text(families_page(rest), "utf-8")
-        report.write(PAGES / "paper.html", paper, survey.versions())
+        (PAGES / "paper.md").write_text(paper_page(paper, versions), "utf-8")
+        (PAGES / "families.md").write_text(families_page(rest, versions), "utf-8")
+        report.write(PAGES / "paper.html", paper, versions)
     else:
-        print(paper_page(paper), families_page(rest))
+        print(paper_page(paper, versions), families_page(rest, versions))
 
 
 if __name__ == "__main__":

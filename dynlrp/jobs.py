@@ -8,6 +8,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -27,7 +28,7 @@ class Outcome(NamedTuple):
     """Why there is no value."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
     process: BaseProcess
     pipe: Connection
@@ -86,7 +87,8 @@ def _next(worker: _Worker, waiting: deque[Any]) -> bool:
     if not waiting:
         return False
     worker.argument, worker.deadline = waiting.popleft(), time.monotonic() + START
-    worker.pipe.send(worker.argument)
+    with suppress(BrokenPipeError):  # it ended; who waits for its answer will see
+        worker.pipe.send(worker.argument)
     return True
 
 

@@ -73,6 +73,7 @@ def survey(
         if report is None:
             report = Coverage(task.model, error=error)
         elif kept is not None and task.keeps:
+            kept.parent.mkdir(parents=True, exist_ok=True)
             with kept.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": task.key, "report": report.to_dict()}) + "\n")
         yield report

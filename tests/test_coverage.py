@@ -14,9 +14,10 @@ import transformers
 from torch import Tensor, nn
 
 from dynlrp import Coverage, InputError, coverage
-from dynlrp.coverage import capture, verification
+from dynlrp.coverage import capture
 from dynlrp.explain import settle
 from dynlrp.rules import linear_operation
+from dynlrp.verification import verification
 from tests.conftest import Apply, Opaque, sample
 
 MOVES = {"ReshapeAliasBackward0": "ViewBackward0"}

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from dynlrp import InputError, export
 from dynlrp.cli import app
 from dynlrp.coverage import capture
-from dynlrp.export import HIGH, WIDE, depth_for, folded, layout, to_html, to_networkx, to_svg
+from dynlrp.drawing import COLOURS, HIGH, WIDE, layout
+from dynlrp.export import depth_for, folded, to_html, to_networkx, to_svg
 from tests.browser import browse, needs_browser
 from tests.conftest import Apply, Opaque
 
@@ -171,7 +172,7 @@ def test_svg() -> None:
     assert len(titles) == 11
     assert len(picture.findall(f"{space}g/{space}path")) == 10
     fills = {rect.get("fill") for rect in picture.iter(f"{space}rect")}
-    assert {export.COLOURS["uncovered"], export.COLOURS["product"], export.COLOURS["input"]} <= fills
+    assert {COLOURS["uncovered"], COLOURS["product"], COLOURS["input"]} <= fills
 
 
 def test_graphml_and_json_read_back() -> None:

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from dynlrp import Coverage, InputError, report
 from dynlrp.cli import app
-from dynlrp.coverage import OperationCount, Uncovered, Verification
+from dynlrp.coverage import OperationCount, Uncovered
 from dynlrp.survey import Task
+from dynlrp.verification import Verification
 from tests.browser import browse, needs_browser
 
 EVIL = "</script><script>document.title = 'broken'</script><img src=x onerror=\"document.title='broken'\">|`&"

@@ -10,7 +10,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from dynlrp.coverage import Coverage, coverage, verification
+from dynlrp.coverage import Coverage, coverage
+from dynlrp.verification import verification
 from dynlrp.zoo.entry import Entry, Example, ZooError, needs
 
 __all__ = ["Entry", "Example", "ZooError", "entries", "examine", "find"]
