@@ -66,7 +66,8 @@ def layout(graph: nx.DiGraph[str]) -> dict[str, tuple[float, float]]:
         for node in line:
             xs.append(max(wanted[node], xs[-1] + WIDE + GAP) if xs else wanted[node])
         # The way that goes on for longest runs straight down.
-        main = [place for place, node in enumerate(line) if ahead[node] == max(ahead[other] for other in line)]
+        most = max(ahead[node] for node in line)
+        main = [place for place, node in enumerate(line) if ahead[node] == most]
         main = main[(len(main) - 1) // 2 : len(main) // 2 + 1]
         shift = sum(xs[place] - wanted[line[place]] for place in main) / len(main)
         places.update((node, (x - shift, row * ROW)) for x, node in zip(xs, line, strict=True))
