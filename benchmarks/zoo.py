@@ -44,7 +44,8 @@ the same kinds, {total.passed} of {total.asked} of which were explained with a l
 
 {report.PAPER}
 
-{_wrong(reports)}
+What is missing: {_wrong(reports)}
+
 {_made(reports, versions)}"""
 
 
@@ -64,20 +65,26 @@ explained. [What the columns say](../howto/coverage.md#what-is-counted).
 {report.summary(reports)}. An explanation takes {times[len(times) // 2]:.1f} times as long as forward and gradient (the
 median; these models are so small that the work per operation is everything).
 
-## What fails
+## What is missing
 
-{_wrong(reports)}
+{_wrong(good)}
 
-## What works
+## Models
 
 {report.models_table(good, without=["parameters", "leaves", "roles"])}
+
+## Without a report
+
+These could not be built here, or nothing that their shapes suggest was an input for them.
+
+{_wrong([one for one in reports if one.error])}
 
 {_made(reports, versions)}"""
 
 
 def _wrong(reports: Sequence[Coverage]) -> str:
     found = report.problems(reports)
-    return report.table(found, report.PROBLEM) if found else "Nothing fails.\n"
+    return report.table(found, report.PROBLEM) if found else "nothing."
 
 
 def _missing(total: report.Summary) -> str:

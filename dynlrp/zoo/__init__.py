@@ -35,6 +35,12 @@ def find(model: str, shape: tuple[int, ...] | None = None) -> list[Entry]:
     Raises:
         ZooError: there is no such model; the nearest names are given.
     """
+    if model.endswith(".onnx"):
+        raise ZooError(f"{model}: ONNX files cannot be read yet. Give the PyTorch model that it was exported from.")
+    if ":" in model:
+        from dynlrp.zoo import imported
+
+        return [imported.entry(model, shape)]
     known = entries()
     if model in known:
         return [known[model]]
@@ -43,8 +49,6 @@ def find(model: str, shape: tuple[int, ...] | None = None) -> list[Entry]:
         if not found:
             raise ZooError(f"no model of the zoo is called like {model!r}; `dynlrp zoo` lists them")
         return found
-    if model.endswith(".onnx"):
-        raise ZooError(f"{model}: ONNX files cannot be read yet. Give the PyTorch model that it was exported from.")
     for zoo in ("paper", "family", "timm"):
         if f"{zoo}/{model}" in known:
             return [known[f"{zoo}/{model}"]]
@@ -52,10 +56,6 @@ def find(model: str, shape: tuple[int, ...] | None = None) -> list[Entry]:
         with needs("transformers"):
             from dynlrp.zoo import folder
         return [folder.entry(Path(model))]
-    if ":" in model:
-        from dynlrp.zoo import imported
-
-        return [imported.entry(model, shape)]
     if find_spec("timm") is not None:
         from dynlrp.zoo import image_models
 
