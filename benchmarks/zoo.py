@@ -36,7 +36,7 @@ def paper_page(reports: Sequence[Coverage], versions: Mapping[str, str]) -> str:
 The models on which [Always Keep Your Promises](https://arxiv.org/abs/2512.07010) counts its coverage, at their
 published sizes. Their graphs are captured without weights; *verified*, *residual* and *time* come from small models of
 the same kinds, {total.passed} of {total.asked} of which were explained with a ledger that closes.
-[What the columns say](../howto/coverage.md#what-is-counted). The same as [a page to sort and filter](paper.html).
+[What the columns say](../howto/coverage.md#what-is-counted). The same as [a page to sort and filter](report.html).
 
 {report.table(rows, ["", "nodes", "covered", "share", "operations"], ["nodes", "covered", "share"])}
 
@@ -127,7 +127,7 @@ def main() -> None:
         PAGES.mkdir(exist_ok=True)
         (PAGES / "paper.md").write_text(paper_page(paper, versions), "utf-8")
         (PAGES / "families.md").write_text(families_page(rest, versions), "utf-8")
-        report.write(PAGES / "paper.html", paper, versions)
+        report.write(PAGES / "report.html", paper, versions)
     else:
         print(paper_page(paper, versions), families_page(rest, versions))
 

@@ -30,13 +30,13 @@ PAPER_ROWS = {
     "paper/deplot": (2_863, 2_863, 23, 23),
     "paper/mamba-130m": (3_397, 3_421, 25, 26),
 }
-"""What *Always Keep Your Promises* (arXiv:2512.07010v1, table of operation coverage) says of its fifteen models: covered
-nodes, nodes, covered operations, operations. It counts leaves as nodes, of one operation."""
+"""What *Always Keep Your Promises* (arXiv:2512.07010v1, table of operation coverage) says of its fifteen models:
+covered nodes, nodes, covered operations, operations. It counts leaves as nodes, of one operation."""
 PAPER = (
-    "The paper (arXiv:2512.07010v1) gives 31,440 of 31,465 nodes in total, which is 600 more than its rows add up to; it "
-    "lacks WeightNormInterface and SplitWithSizes. It counts leaves as nodes; here they stand apart. Else the numbers "
-    "of nodes depend on the versions of PyTorch and transformers, on heads, dropout and the length of the inputs: "
-    "Mamba's scan has nodes for every step."
+    "The paper (arXiv:2512.07010v1) gives 31,440 of 31,465 nodes in total, which is 600 more than its rows add up to; "
+    "it lacks WeightNormInterface and SplitWithSizes. It counts leaves as nodes; here they stand apart. Else the "
+    "numbers of nodes depend on the versions of PyTorch and transformers, on heads, dropout and the length of the "
+    "inputs: Mamba's scan has nodes for every step."
 )
 COLUMNS: dict[str, Callable[[Coverage], str]] = {
     "model": lambda r: r.title or r.model,
