@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dynlrp.composite import Composite
 from dynlrp.errors import DynLRPError, InputError
-from dynlrp.explain import Settled, settle
+from dynlrp.explain import Settled, as_dicts, settle
 from dynlrp.fake import faked
 from dynlrp.graph import LEAF
 from dynlrp.plan import StepPlan
@@ -152,7 +152,8 @@ def coverage(
     """Report which operations of a model have rules, before anything is explained.
 
     The graph is captured with fake tensors, so nothing is computed and a model on the ``meta`` device needs no memory
-    for its weights. Only a model that reads numbers of its tensors runs for real. The model is not touched.
+    for its weights. Only a model that reads numbers of its tensors runs for real. The model is not touched; its hooks
+    run on a copy.
 
     Args:
         model, inputs, target, composite, output, allow_training: as for :func:`dynlrp.explain`.
@@ -184,17 +185,17 @@ def capture(
     """The graph of a model ready for relevance, the runs of the model that an explanation takes, and whether it was
     captured with fake tensors. ``options`` are those of :func:`dynlrp.explain.settle`."""
     try:
-        with faked(model, inputs) as (copied, given):
+        with faked(model, as_dicts(inputs)) as (copied, given):
             return settle(copied, given, target, **options), True
     except Exception as error:
-        if _has_weights(model):
-            return settle(model, inputs, target, **options), False  # numbers may help; else the same goes wrong again
-        if isinstance(error, DynLRPError):
-            raise
-        raise InputError(
-            f"a model without weights is looked at with fake tensors, and this one needs numbers: "
-            f"{type(error).__name__}: {error}. Build it with weights, smaller if need be."
-        ) from error
+        if not _has_weights(model):
+            if isinstance(error, DynLRPError):
+                raise
+            raise InputError(
+                f"a model without weights is looked at with fake tensors, and this one needs numbers: "
+                f"{type(error).__name__}: {error}. Build it with weights, smaller if need be."
+            ) from error
+    return settle(model, inputs, target, **options), False  # numbers may help; else the same goes wrong again
 
 
 def copies(settled: Settled) -> set[int]:
@@ -222,9 +223,8 @@ def modality(inputs: Any) -> str:
     """What kind of data a model takes, by the names and shapes of its inputs; empty where they do not tell."""
     if isinstance(inputs, Tensor):
         return "vision" if inputs.ndim in (4, 5) else ""
-    found = [
-        kind for kind, names in KINDS.items() if isinstance(inputs, dict) and any(name in inputs for name in names)
-    ]
+    given = inputs if isinstance(inputs, Mapping) else {}
+    found = [kind for kind, names in KINDS.items() if any(name in given for name in names)]
     return "multimodal" if len(found) > 1 else "".join(found)
 
 

@@ -538,7 +538,7 @@ class _Request:
     def forward(self, release: bool = True, record: bool = False) -> _Run:
         """Run the model and gather what is wanted; ``record`` keeps the value of every tensor on the way."""
         with torch.inference_mode(False), torch.enable_grad():
-            leaves, spec = pytree.tree_flatten(_plain(self.inputs))
+            leaves, spec = pytree.tree_flatten(as_dicts(self.inputs))
             given = [_prepare(leaf) for leaf in leaves]
             if not any(isinstance(leaf, Tensor) for leaf in leaves):
                 raise InputError("the inputs hold no tensor")
@@ -591,7 +591,7 @@ class _Request:
 
     def diagnose(self) -> None:
         """Run again with every value looked at, and raise for the first that is not finite."""
-        for number, leaf in enumerate(pytree.tree_leaves(_plain(self.inputs))):
+        for number, leaf in enumerate(pytree.tree_leaves(as_dicts(self.inputs))):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
                 raise NonFiniteError(f"input {number} holds NaN or infinity")
         run = self.forward(release=False, record=True)
@@ -623,12 +623,12 @@ class _Request:
         return list(dict.fromkeys(names))
 
 
-def _plain(inputs: Any) -> Any:
+def as_dicts(inputs: Any) -> Any:
     """Mappings of any kind as dicts."""
     if isinstance(inputs, Mapping):
-        return {key: _plain(value) for key, value in inputs.items()}
+        return {key: as_dicts(value) for key, value in inputs.items()}
     if type(inputs) in (tuple, list):
-        return type(inputs)(_plain(value) for value in inputs)
+        return type(inputs)(as_dicts(value) for value in inputs)
     return inputs
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dynlrp.explain import call, explain, settle
+from dynlrp.explain import as_dicts, call, explain, settle
 from dynlrp.graph import LEAF
 from dynlrp.target import Seed, Target, find_output, make_seed
 
@@ -96,7 +96,7 @@ def _forward(
     model: Callable[..., Any], inputs: Any, target: Target, output: str | int | None
 ) -> tuple[Seed, list[Tensor]]:
     """A plain forward pass: the explained output, and the floating point inputs and embeddings that it depends on."""
-    leaves, spec = pytree.tree_flatten(inputs)
+    leaves, spec = pytree.tree_flatten(as_dicts(inputs))
     given = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     wanted = [leaf.requires_grad_() for leaf in given if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if isinstance(model, nn.Module):

@@ -265,6 +265,15 @@ def test_a_changed_output_is_seen() -> None:
     assert not check.passed
 
 
+def test_what_a_tokenizer_returns_goes_straight_in() -> None:
+    model, inputs, target = sample("bert")
+    given = transformers.BatchEncoding(dict(inputs))
+    report = coverage(model, given, target, verify=True)
+    assert report.fake
+    assert report.modality == "text"
+    assert (report.nodes, report.status) == (coverage(model, inputs, target).nodes, "verified")
+
+
 def test_a_report_survives_json() -> None:
     model = nn.Sequential(nn.Linear(4, 4), Apply(Opaque.apply), nn.Sigmoid()).eval()
     for verify in (False, True):
