@@ -16,6 +16,7 @@ import torch
 
 from dynlrp import jobs
 from dynlrp._version import __version__
+from dynlrp.composite import composite_named
 from dynlrp.coverage import Coverage
 from dynlrp.zoo import examine, find
 
@@ -40,6 +41,7 @@ def tasks(
     models: Sequence[str], *, shape: tuple[int, ...] | None = None, composite: str = "auto", verify: bool = False
 ) -> list[Task]:
     """One task for each model that the texts mean; see :func:`dynlrp.zoo.find`, which raises for unknown ones."""
+    composite = composite_named(composite).name  # or an error, before anything runs
     entries = {entry.name: entry for model in models for entry in find(model, shape)}
     return [Task(entry.name, entry.digest, entry.keeps, shape, composite, verify) for entry in entries.values()]
 

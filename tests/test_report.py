@@ -239,6 +239,7 @@ def test_unknown_models_on_the_command_line() -> None:
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("no model is called 'bertt': did you mean family/bert")
     assert "no shape such as" in run("bert", "--shape", "1,x").stderr
+    assert "no composite is called 'nope'" in run("bert", "--composite", "nope").stderr
 
 
 def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
