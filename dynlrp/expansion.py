@@ -96,9 +96,7 @@ class Expander:
                 for place, edge in present
                 if step.plan.kinds[place] >= Kind.COEFFICIENT and not signals[place]
             ),
-            modules=(self.paths.modules(step.node._sequence_nr()),) * len(graph.nodes)
-            if self.composite.by_path
-            else None,
+            modules=(modules,) * len(graph.nodes) if self.composite.by_path else None,
             first=step.plan.first,
             last=step.plan.last,
         )

@@ -82,7 +82,8 @@ _moves(
 
 @dataclass(frozen=True)
 class Cast(VJP):
-    """A copy in another dtype or on another device. Relevance may be wider than the tensors, and then stays so.
+    """m_x = m: a copy in another dtype or on another device (exact: up to the rounding of the copy). Relevance may be
+    wider than the tensors, and then stays so.
 
     ``operand`` is what is copied. What it is written over has no relevance.
     """
