@@ -6,7 +6,7 @@ import operator
 import random
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -33,6 +33,8 @@ Buffer = tuple[nn.Module, str, Tensor]
 SMALL = 65536
 """Largest buffer that is copied together with others."""
 
+_saving: Callable[[], Any] = partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
+"""The saved-tensor hooks that are set."""
 _sequence: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 
@@ -90,6 +92,8 @@ class Recording:
 
     def __init__(self, model: Any, layers: Sequence[str], composite: Composite) -> None:
         self._model = model
+        self.start = 0
+        """Sequence number when the forward pass began."""
         self._composite = composite
         self._running: Frame | None = None
         self._events: list[tuple[int, Frame | None]] = []
@@ -131,6 +135,7 @@ class Recording:
     def watching(self) -> Iterator[None]:
         """Follow the modules that this thread runs."""
         thread, events, wanted = threading.get_ident(), self._events, self._wanted
+        self.start = _sequence()
         buried: list[tuple[str, str]] = []
 
         def enter(module: nn.Module, _: Any) -> None:
@@ -250,6 +255,14 @@ class Aliases(TorchFunctionMode):
         super().__init__()
         self._stand_ins = {id(p): p.detach().requires_grad_() for p in parameters}
         self._wanted = {id(p) for p in wanted}
+        self._hooks: Any = None
+        self.reruns = False
+        """Saved-tensor hooks were set inside: they may run parts of the model again, which needs the stand-ins too."""
+
+    def __enter__(self) -> Aliases:
+        self._hooks = _saving()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def stand_in(self, parameter: nn.Parameter) -> Tensor:
         """What takes part in the graph for a parameter."""
@@ -257,6 +270,8 @@ class Aliases(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self.reruns and _saving() != self._hooks:
+            self.reruns = True
         if getattr(func, "__name__", "") in ("__get__", "__set__") or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         first = 1 if func in self._products else None
@@ -273,16 +288,29 @@ class Aliases(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class Everything:
+    """Contains whatever is asked for."""
+
+    def __contains__(self, item: object) -> bool:
+        return True
+
+
+EVERYTHING = Everything()
+Wanted = Everything | Mapping[tuple[int, int], Any]
+"""Tensors, by the number of their node since the recording began, and the number of the output."""
+
+
 class Recorder(TorchFunctionMode):
-    """Keeps a copy of every tensor of the graph, for promises that nobody else can keep.
+    """Keeps a copy of the ``wanted`` tensors of the graph, for promises that nobody else can keep.
 
     What a function makes is seen where it is called or used, and the steps inside it below autograd, where the node
     of each has just been numbered.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: Wanted = EVERYTHING) -> None:
         super().__init__()
-        self._inner = _Inner()
+        self._wanted, self._start = wanted, _sequence()
+        self._inner = _Inner(wanted, self._start)
         self._kept: dict[tuple[Any, int], Tensor] = {}
 
     def __enter__(self) -> Recorder:
@@ -307,8 +335,10 @@ class Recorder(TorchFunctionMode):
             self._keep(tensor._base)
         if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
             key = (tensor.grad_fn, tensor.output_nr)
-            if key not in self._kept and self._inner.find(*key) is None:
+            place = (tensor.grad_fn._sequence_nr() - self._start, tensor.output_nr)
+            if place in self._wanted and key not in self._kept and self._inner.find(*key) is None:
                 self._kept[key] = tensor.detach().clone()
+                self._inner.drop(tensor.grad_fn)
 
     def values(self, nodes: Iterable[Any]) -> Iterator[tuple[Any, int, Tensor]]:
         """Node, output number and value, in the order of the nodes."""
@@ -322,25 +352,39 @@ class Recorder(TorchFunctionMode):
 class _Inner(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps what operations make by the number of the node that autograd recorded before it ran them."""
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: Wanted, start: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._wanted, self._start = wanted, start
         self._made: dict[int, tuple[str, list[Any]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         number = _sequence() - 1
         result = func(*args, **(kwargs or {}))
         if number not in self._made:  # later ones with this number have no node
-            made = [t.detach().clone() if isinstance(t, Tensor) else None for t in pytree.tree_leaves(result)]
+            made = [
+                t.detach().clone() if isinstance(t, Tensor) and (number - self._start, output) in self._wanted else None
+                for output, t in enumerate(pytree.tree_leaves(result))
+            ]
             self._made[number] = (_bare(func.__name__.partition(".")[0]), made)
         return result
 
+    def drop(self, node: Any) -> None:
+        """Let go of what ran inside a custom function: it is no result of the function's node."""
+        number = node._sequence_nr()
+        if not self._made_by(node):
+            self._made[number] = ("", [])
+
     def find(self, node: Any, number: int) -> Tensor | None:
-        name, made = self._made.get(node._sequence_nr(), ("", ()))
-        if not name or number >= len(made) or not _bare(node.name()).startswith(name + "backward"):
+        made = self._made_by(node)
+        if number >= len(made):
             return None
         value, expected = made[number], node._input_metadata[number]
         fits = value is not None and list(value.shape) == expected.shape and value.dtype is expected.dtype
         return value if fits else None
+
+    def _made_by(self, node: Any) -> list[Any]:
+        name, made = self._made.get(node._sequence_nr(), ("", []))
+        return made if name and _bare(node.name()).startswith(name + "backward") else []
 
 
 def _bare(name: str) -> str:

@@ -20,20 +20,20 @@ from dynlrp.rules.operation import REGISTRY, Grads, Replay, divide, dot
 from dynlrp.walk import LiveStep, Walk
 
 
-class Expander:
-    """Walks through re-runs of operations under one composite, booking into one ledger."""
+class Paths:
+    """Where an operation ran, by its sequence number; one that is a part of another ran where that one did."""
 
-    def __init__(
-        self, composite: Composite, on_unknown: str, ledger: Ledger, modules: Callable[[int], tuple[str, ...]]
-    ) -> None:
-        self.composite = composite
-        self.on_unknown = on_unknown
-        self.ledger = ledger
+    def __init__(self, modules: Callable[[int], tuple[str, ...]]) -> None:
         self._modules = modules
         self._starts: list[int] = []
         """First sequence number of every re-run; they grow, as the numbers do."""
         self._stands_for: list[int] = []
         """Sequence number of the operation that was re-run."""
+
+    def runs_again(self, sequence: int) -> None:
+        """What is recorded from now on is a part of the operation with this number."""
+        self._starts.append(torch._C._autograd._get_sequence_nr())
+        self._stands_for.append(sequence)
 
     def modules(self, sequence: int) -> tuple[str, ...]:
         """Paths of the modules that an operation ran in, or the one that it is a part of, innermost last."""
@@ -45,13 +45,25 @@ class Expander:
         """Path of the innermost of them."""
         return innermost(self.modules(sequence))
 
+
+class Expander:
+    """Walks through re-runs of operations under one composite, booking into one ledger."""
+
+    def __init__(self, composite: Composite, on_unknown: str, ledger: Ledger, paths: Paths) -> None:
+        self.composite = composite
+        self.on_unknown = on_unknown
+        self.ledger = ledger
+        self.paths = paths
+
+    def path(self, sequence: int) -> str:
+        return self.paths.path(sequence)
+
     def __call__(
         self, step: LiveStep, function: Replay, values: Sequence[Tensor | None], grads: Grads
     ) -> list[Tensor | None]:
         """Multipliers of the operands from those of the outputs."""
         results: list[Tensor | None] = [None] * len(values)
-        self._starts.append(torch._C._autograd._get_sequence_nr())
-        self._stands_for.append(step.node._sequence_nr())
+        self.paths.runs_again(step.node._sequence_nr())
         recorder = Recorder()
         with torch.enable_grad():
             leaves = [_leaf(value) for value in values]
@@ -73,6 +85,7 @@ class Expander:
         edges = [None if leaf is None or not leaf.requires_grad else _edge(graph, leaf) for leaf in leaves]
         present = [(place, edge) for place, edge in enumerate(edges) if edge is not None]
         signals = step.signals if step.plan.travels else step.wants
+        modules = self.paths.modules(step.node._sequence_nr())
         structure = graph.structure(
             Edge(len(graph.nodes) - 1, number),
             [edge for place, edge in present if signals[place]],
@@ -83,7 +96,7 @@ class Expander:
                 for place, edge in present
                 if step.plan.kinds[place] >= Kind.COEFFICIENT and not signals[place]
             ),
-            modules=(self.modules(step.node._sequence_nr()),) * len(graph.nodes) if self.composite.by_path else None,
+            modules=(modules,) * len(graph.nodes) if self.composite.by_path else None,
             first=step.plan.first,
             last=step.plan.last,
         )
@@ -93,7 +106,7 @@ class Expander:
             step.book("held back", dot(start, root.detach()))
             return results
         except UnknownNodes as error:
-            path = self.path(step.node._sequence_nr())
+            path = self.paths.path(step.node._sequence_nr())
             raise UnknownOperationError([(name, path) for _, name in error.nodes], error.reasons) from None
         captured = {
             edge: (value, value._version)
@@ -101,7 +114,7 @@ class Expander:
             if (edge := graph.edge(made_by, output)) is not None
         }
         # What leads to observed weights alone is in no account.
-        expander = self if step.plan.travels else Expander(self.composite, self.on_unknown, Ledger(), self.modules)
+        expander = self if step.plan.travels else Expander(self.composite, self.on_unknown, Ledger(), self.paths)
         walk = Walk(plan, graph, Promises(graph, plan.consumers, captured), expander.ledger, expander)
         walk.settle([])
         wanted = [(place, edge) for place, edge in present if step.wants[place]]

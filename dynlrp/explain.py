@@ -15,7 +15,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from dynlrp.capture import Aliases, Recorder, Recording, frozen_parameters, same_state, survey
+from dynlrp.capture import (
+    EVERYTHING,
+    Aliases,
+    Everything,
+    Recorder,
+    Recording,
+    Wanted,
+    frozen_parameters,
+    same_state,
+    survey,
+)
 from dynlrp.composite import Composite, composite_named, innermost
 from dynlrp.errors import (
     BrokenPromiseError,
@@ -26,12 +36,13 @@ from dynlrp.errors import (
     TargetError,
     UnknownOperationError,
 )
-from dynlrp.expansion import Expander
+from dynlrp.expansion import Expander, Paths
 from dynlrp.explanation import Explanation
-from dynlrp.graph import Edge, Graph, Node, Structure, saved
+from dynlrp.graph import CHANGED, FREED, Edge, Graph, Node, Structure, saved
 from dynlrp.ledger import Ledger
 from dynlrp.plan import Plan, StepPlan, UnknownNodes, make_plan
-from dynlrp.promise import FREED, Operands, Promises
+from dynlrp.precision import Wide
+from dynlrp.promise import Operands, Promises
 from dynlrp.rules.operation import REGISTRY, product
 from dynlrp.submodule import Gathered
 from dynlrp.target import Seed, Target, find_output, make_seed
@@ -50,12 +61,13 @@ def explain(
     layers: Names = (),
     parameters: Names = (),
     output: str | int | None = None,
+    precision: torch.dtype | None = None,
     on_unknown: OnUnknown = "error",
     allow_training: bool = False,
 ) -> Explanation:
     """Explain one output of a model per sample by Layer-wise Relevance Propagation.
 
-    The model runs once (once more, recording every tensor, where a rule or the ledger needs an activation that the
+    The model runs once (once more, recording what is missing, where a rule or the ledger needs an activation that the
     graph did not keep and that cannot be recomputed); its parameters, gradients, buffers, flags, hooks, mode and the
     random state stay as they are.
 
@@ -73,6 +85,8 @@ def explain(
         parameters: the same for parameters, in ``explanation.parameters``.
         output: which entry of a structured output, by key, attribute or position. By default ``logits``, else the
             first floating point tensor.
+        precision: ``torch.float32`` or ``torch.float64``, where relevance shall be computed in at least this dtype,
+            whatever the model's. The model itself runs as it is.
         on_unknown: ``"gradient"`` explains operations without a rule by their gradient and lists them in the ledger.
         allow_training: explain although dropout or batch statistics are active.
 
@@ -82,18 +96,25 @@ def explain(
     rules = composite_named(composite)
     _check(on_unknown)
     frozen, buffers = survey(model, allow_training)
-    request = _Request(model, inputs, target, rules, _names(layers), _names(parameters), output, on_unknown, frozen)
-    with same_state(buffers, allow_training):
-        run = request.forward()
-    try:
-        explanation = run.explain(check=False)
-        complete = not explanation.ledger.unresolved
-    except BrokenPromiseError:
-        complete = False
-    if not complete:
-        del run  # its graph
+    wide = None if precision is None else Wide(precision)
+    request = _Request(
+        model, inputs, target, rules, _names(layers), _names(parameters), output, on_unknown, frozen, wide
+    )
+    missing: Missing | None = None
+    while True:
         with same_state(buffers, allow_training):
-            explanation = request.forward(record=True).explain(check=False)
+            run = request.forward(None if missing is None else missing.wanted)
+        if missing is None or missing.fits(run):
+            final = missing is not None and missing.wanted is EVERYTHING
+            try:
+                explanation = run.explain(check=False)
+                if not explanation.ledger.unresolved or not run.missing or final:
+                    break
+            except BrokenPromiseError:
+                if not run.missing or final:
+                    raise
+        missing = Missing.of(run) if missing is None else Missing(EVERYTHING)
+        del run  # its graph
     if not explanation.finite():
         with same_state(buffers, allow_training=True):
             request.diagnose()
@@ -176,16 +197,23 @@ def settle(
     Operations without a rule are no error: their steps are marked as fallbacks.
     """
     frozen, buffers = survey(model, allow_training)
-    request = _Request(model, inputs, target, composite_named(composite), (), (), output, "gradient", frozen)
+    request = _Request(model, inputs, target, composite_named(composite), (), (), output, "gradient", frozen, None)
     fake = active_fake_mode() is not None  # draws nothing, and the model is a copy
-    with nullcontext() if fake else same_state(buffers, allow_training):
-        try:
-            settled = request.forward(release=False).settle(check=False)
-            if not settled.ledger.unresolved:
-                return settled, 1
-        except BrokenPromiseError:
-            pass
-        return request.forward(release=False, record=True).settle(check=False), 2
+    missing: Missing | None = None
+    for runs in range(1, 4):
+        with nullcontext() if fake else same_state(buffers, allow_training):
+            run = request.forward(None if missing is None else missing.wanted, release=False)
+        if missing is None or missing.fits(run):
+            final = missing is not None and missing.wanted is EVERYTHING
+            try:
+                settled = run.settle(check=False)
+                if not settled.ledger.unresolved or not run.missing or final:
+                    return settled, runs
+            except BrokenPromiseError:
+                if not run.missing or final:
+                    raise
+        missing = Missing.of(run) if missing is None else Missing(EVERYTHING)
+    raise AssertionError("the last run records everything")
 
 
 def _check(on_unknown: str) -> None:
@@ -221,6 +249,32 @@ class Settled(NamedTuple):
         return {index: fact for (index, _), fact in zip(skeleton.telling, self.structure.facts, strict=True)}
 
 
+@dataclass(frozen=True)
+class Missing:
+    """What a second run of the model must record."""
+
+    wanted: Wanted
+    names: tuple[str, ...] = ()
+    """Of the first run's graph."""
+
+    @classmethod
+    def of(cls, run: _Run) -> Missing:
+        """What the promises of ``run`` lacked. Two runs of a model number their operations in the same way."""
+        assert run.recording is not None
+        start = run.recording.start
+        return cls({(number - start, edge.output): edge.node for edge, number in run.missing.items()}, run.graph.names)
+
+    def fits(self, run: _Run) -> bool:
+        """Whether ``run`` has the same operations with the same numbers."""
+        if isinstance(self.wanted, Everything):
+            return True
+        assert run.recording is not None
+        nodes, start = run.graph.nodes, run.recording.start
+        return run.graph.names == self.names and all(
+            nodes[index]._sequence_nr() - start == number for (number, _), index in self.wanted.items()
+        )
+
+
 class _Run:
     """A graph with what is wanted of it."""
 
@@ -231,6 +285,7 @@ class _Run:
         on_unknown: OnUnknown,
         release: bool,
         recording: Recording | None = None,
+        wide: Wide | None = None,
     ) -> None:
         node, number = get_gradient_edge(seed.root)[:2]
         calls = recording.take_calls() if recording is not None else []
@@ -240,6 +295,14 @@ class _Run:
         self.root, self.start, self.value, self.seeded = root, seed.start, seed.value, seed.relevance
         self.composite, self.on_unknown, self.release = composite, on_unknown, release
         self.recording = recording
+        self._running: Callable[[int], tuple[str, ...]] = lambda sequence: ()
+        """Paths of the modules that an operation ran in, innermost last, by its number."""
+        if recording is not None:
+            self._running = recording.modules
+        self.wide = wide
+        if wide is not None:
+            self.start = wide.cast(self.start)
+        self.aliases: Aliases | None = None
         self.wanted: list[tuple[Edge | None, Rows | None]] = []
         """One entry per source: its edge, and how ids read their embedding's relevance."""
         self.groups: list[list[int]] = []
@@ -248,6 +311,8 @@ class _Run:
         self.captured: dict[Edge, tuple[Tensor, int]] = self.graph.values()
         self.captured[root] = (seed.root.detach(), seed.root._version)
         self.recorded: list[tuple[Node, int, Tensor]] = []
+        self.missing: dict[Edge, int] = {}
+        """Tensors whose values nobody keeps, with the number of their node."""
         self.taps: dict[str, list[Edge | None]] = {}
         self.leaves: dict[str, Edge | None] = {}
         self.rebuild: Callable[[list[Tensor | None]], Any] = lambda values: values
@@ -343,10 +408,11 @@ class _Run:
     def explain(self, check: bool) -> Explanation:
         """One pass."""
         try:
-            with torch.no_grad(), torch.autocast(self.start.device.type, enabled=False):
+            again = self.aliases if self.aliases is not None and self.aliases.reruns else nullcontext()
+            with torch.no_grad(), torch.autocast(self.start.device.type, enabled=False), again:
                 return self._explain(check)
         except RuntimeError as error:
-            if "modified by an inplace operation" in str(error):
+            if CHANGED in str(error):
                 raise BrokenPromiseError(f"a tensor that the graph saved was changed in place: {error}") from error
             if FREED not in str(error):
                 raise
@@ -376,12 +442,16 @@ class _Run:
         )
         plan = self._plan(structure)
         ledger = Ledger()
-        promises = Promises(self.graph, plan.consumers, self.captured)
-        expand = Expander(self.composite, self.on_unknown, ledger, self._running)
-        ledger._path = expand.path
-        walk = Walk(plan, self.graph, promises, ledger, expand, check=check, release=self.release)
+        promises = Promises(self.graph, plan.consumers, self.captured, self.wide)
+        places = Paths(self._running)
+        ledger._path = places.path
+        expand = Expander(self.composite, self.on_unknown, ledger, places)
+        walk = Walk(plan, self.graph, promises, ledger, expand, check=check, release=self.release, wide=self.wide)
         tables = [rows.table for _, rows in self.wanted if rows is not None and rows.table is not None]
-        walk.settle([edge for edge in keep if edge not in plan.relevance_edges] + tables)
+        try:
+            walk.settle([edge for edge in keep if edge not in plan.relevance_edges] + tables)
+        finally:
+            self.missing = {edge: self.graph.nodes[edge.node]._sequence_nr() for edge in promises.missing}
         return Settled(self.graph, structure, plan, walk, promises, ledger, keep, self._path)
 
     def _path(self, sequence: int) -> str:
@@ -390,7 +460,7 @@ class _Run:
 
     def _explain(self, check: bool) -> Explanation:
         _, _, plan, walk, promises, ledger, keep, _ = self.settle(check)
-        ledger._output = self.value.sum()
+        ledger._output = self.value.sum(dtype=torch.promote_types(self.value.dtype, torch.float32))
         sources = [edge for edge, _ in self.wanted if edge is not None]
         visited = plan.visited
         sequences = {edge: self.graph.nodes[edge.node]._sequence_nr() for edge in sources}
@@ -431,10 +501,6 @@ class _Run:
             promises=promises.report(visited),
             composite=self.composite.name,
         )
-
-    def _running(self, sequence: int) -> tuple[str, ...]:
-        """Paths of the modules that an operation ran in, innermost last."""
-        return self.recording.modules(sequence) if self.recording is not None else ()
 
     def _modules(self) -> tuple[tuple[str, ...], ...]:
         """The same of every node, for a composite that selects by them."""
@@ -534,9 +600,10 @@ class _Request:
     output: str | int | None
     on_unknown: OnUnknown
     frozen: bool
+    wide: Wide | None
 
-    def forward(self, release: bool = True, record: bool = False) -> _Run:
-        """Run the model and gather what is wanted; ``record`` keeps the value of every tensor on the way."""
+    def forward(self, record: Wanted | None = None, release: bool = True) -> _Run:
+        """Run the model and gather what is wanted; the values of the tensors in ``record`` are kept on the way."""
         with torch.inference_mode(False), torch.enable_grad():
             leaves, spec = pytree.tree_flatten(as_dicts(self.inputs))
             given = [_prepare(leaf) for leaf in leaves]
@@ -549,8 +616,9 @@ class _Request:
             frozen = frozen_parameters(self.model) if self.frozen else []
             names = self._parameter_names()
             aliases = Aliases(frozen, [self.model.get_parameter(n) for n in names]) if frozen else None
-            recorder = Recorder() if record else None
-            with recording.watching(), aliases or nullcontext(), recorder or nullcontext():
+            recorder = None if record is None else Recorder(record)
+            saving = nullcontext() if self.wide is None else self.wide.saving()
+            with recording.watching(), saving, aliases or nullcontext(), recorder or nullcontext():
                 result = call(self.model, arguments)
             found = find_output(result, self.output)
             sizes = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
@@ -563,8 +631,9 @@ class _Request:
             with recorder or nullcontext():
                 seed = make_seed(found, self.target)
             del result, found
-            run = _Run(seed, self.composite, self.on_unknown, release, recording)
+            run = _Run(seed, self.composite, self.on_unknown, release, recording, self.wide)
             del seed
+            run.aliases = aliases
             if recorder is not None:
                 run.keep(recorder)
             order: list[int | None] = []
@@ -594,7 +663,7 @@ class _Request:
         for number, leaf in enumerate(pytree.tree_leaves(as_dicts(self.inputs))):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
                 raise NonFiniteError(f"input {number} holds NaN or infinity")
-        run = self.forward(release=False, record=True)
+        run = self.forward(EVERYTHING, release=False)
         assert run.recording is not None
         for node, _, value in run.recorded:
             operation = REGISTRY.get(node.name())

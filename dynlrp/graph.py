@@ -19,6 +19,10 @@ Children = tuple[tuple[Node | None, int], ...]
 """A node's ``next_functions``."""
 
 LEAF = "torch::autograd::AccumulateGrad"
+FREED = "after they have already been freed"
+"""What torch says of saved tensors that are gone."""
+CHANGED = "modified by an inplace operation"
+"""What it says of those that were changed."""
 
 
 class Edge(NamedTuple):
@@ -154,12 +158,12 @@ def vjp(node: Node, grads: Grads) -> Sequence[Tensor | None]:
     return [None if child is None else next(needed, None) for child, _ in node.next_functions]
 
 
-def fit(value: Tensor, expected: Any) -> Tensor:
-    """Bring what a node returned to the operand's shape and dtype, as autograd's engine would."""
+def fit(value: Tensor, expected: Any, dtype: torch.dtype) -> Tensor:
+    """Bring what a node returned to the operand's shape and a dtype, as autograd's engine would."""
     if not expected.is_nested_tensor and list(value.shape) != expected.shape:
         value = (value.values().unsqueeze(0) if value.is_nested else value).sum_to_size(expected.shape)
-    if value.dtype is not expected.dtype:
-        value = (value.real if value.is_complex() and not expected.dtype.is_complex else value).to(expected.dtype)
+    if value.dtype is not dtype:
+        value = (value.real if value.is_complex() and not dtype.is_complex else value).to(dtype)
     return value
 
 

@@ -42,6 +42,8 @@ class Ledger:
         self._path: Callable[[int], str] = lambda sequence: ""
         self.unresolved: list[tuple[str, str]] = []
         """Operations whose constants nobody kept, as (operation, module path)."""
+        self.without_share: list[tuple[str, str]] = []
+        """Operations that add something that autograd did not record, under a rule that gives it no share."""
         self.fallbacks: list[tuple[str, str]] = []
         """Operations that were explained by their gradient on the caller's word."""
 
@@ -168,6 +170,7 @@ class Ledger:
         lines += [f"{name:<12}{amount:>14.6g}" for name, amount in self.accounts.items()]
         lines.append(f"{'residual':<12}{self.residual:>14.3g}  ({'closes' if self.closes else 'does NOT close'})")
         lines += [f"constants not kept: {name} in {path or 'the model'}" for name, path in self.unresolved]
+        lines += [f"takes no share: what {name} in {path or 'the model'} adds" for name, path in self.without_share]
         lines += [f"explained by gradient: {name} in {path or 'the model'}" for name, path in self.fallbacks]
         return "\n".join(lines)
 

@@ -136,13 +136,24 @@ class StepPlan:
     def settles(self) -> bool:
         """Whether promises must be settled for this step."""
         return bool(
-            self.needs or self.converts or self.balances or self.merged or any(self.scaled) or any(self.promised)
+            self.needs
+            or self.converts
+            or self.balances
+            or self.unshared
+            or self.merged
+            or any(self.scaled)
+            or any(self.promised)
         )
 
     @property
     def counted(self) -> tuple[bool, ...]:
         """Operands whose relevance is accounted for elsewhere."""
         return tuple(a or b for a, b in zip(self.signals, self.booked, strict=True))
+
+    @property
+    def unshared(self) -> bool:
+        """A constant that was added takes no share."""
+        return self.travels and self.hidden and self.rule.recorded_only
 
     @property
     def balances(self) -> bool:
@@ -377,12 +388,9 @@ class _Planner:
             step.emits_relevance = step.rule.emits == "relevance" or (copies and step.relevance_in)
             carrier = step if step.merged is None else step.merged
             heads = followers.get(Edge(carrier.index, 0), [])
-            step.gated = (
-                bool(heads)
-                and step.name != SUBMODULE  # whose rule sees all of the value
-                and Edge(carrier.index, 0) != self.s.root
-                and all(map(self._gates, heads))
-            )
+            sees_all = step.name == SUBMODULE or step.rule.whole_output
+            inner = bool(heads) and Edge(carrier.index, 0) != self.s.root and not sees_all
+            step.gated = inner and all(map(self._gates, heads))
             for position, edge in enumerate(step.operands):
                 if edge is None or not (step.signals[position] or step.observed[position]):
                     continue

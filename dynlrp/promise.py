@@ -3,22 +3,43 @@
 Who keeps a promise is settled before any relevance moves. A value comes from the first of: a leaf; what was captured
 during the forward pass; what the node saved of its own result; what a consumer of the tensor saved; replaying the node
 from its operands' promises. Values that several wait for are kept once and freed after the last has taken them.
+
+Only what gives the same numbers again is replayed: a random draw with the numbers that its node saved (the mask of a
+dropout) or not at all, and saved tensors that were changed in place since keep nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from dynlrp.errors import BrokenPromiseError
-from dynlrp.graph import LEAF, Edge, Graph, Node, saved
+from dynlrp.graph import CHANGED, LEAF, Edge, Graph, Node, saved
+from dynlrp.precision import Wide
 from dynlrp.rules.operation import REGISTRY, Operation
 
-FREED = "after they have already been freed"
-"""What torch says of saved tensors that are gone."""
+SINCE = "saved was changed in place after the forward pass"
+
+
+def intact(node: Node, attribute: str | int) -> bool | None:
+    """Whether a node has a tensor as it saved it: False where it was changed in place, None where there is none."""
+    try:
+        return None if saved(node, attribute) is None else True
+    except RuntimeError as error:
+        if CHANGED not in str(error):
+            raise
+        return False
+
+
+def plain(value: Tensor) -> Tensor:
+    """A saved tensor without its graph. A number is left as it is: dispatch modes take it for a Python number."""
+    return value.detach() if value.requires_grad else value
+
+
+NOWHERE = Edge(-1, 0)
 
 
 @dataclass
@@ -32,8 +53,8 @@ class Recipe:
     """A leaf or a captured tensor."""
     replay: Operation | None = None
     inputs: tuple[Edge | None, ...] = ()
-    output: int = 0
-    """Which of the replayed outputs it is."""
+    edge: Edge = NOWHERE
+    """What a replay makes: an output of a node."""
     length: int = 0
     """Replayed nodes on the longest chain down to kept tensors."""
     broken: str = ""
@@ -46,21 +67,32 @@ class Recipe:
 
 @dataclass(frozen=True)
 class PromiseReport:
-    """Figures of one explanation: ``count`` promises, ``internal`` nodes replayed for them, chain ``lengths`` (delta
-    is the longest), and ``density`` rho = internal nodes per node that relevance visited."""
+    """Figures of one explanation, by the definitions of promise depth and promise density in Lee et al. (2025).
 
-    count: int
-    internal: int
+    An operation that waits for activations makes one promise, for all its operands.
+    """
+
     lengths: tuple[int, ...]
+    """Per promise, the operations on the longest chain down to kept tensors, d(v): 0 where somebody kept them."""
+    internal: int
+    """Operations that are replayed, each once."""
     visited: int
+    """Operations that relevance visited, |V|."""
+
+    @property
+    def count(self) -> int:
+        """Promises, |V_P|."""
+        return len(self.lengths)
 
     @property
     def delta(self) -> int:
-        return max(self.lengths, default=0)
+        """The sum of all lengths."""
+        return sum(self.lengths)
 
     @property
     def density(self) -> float:
-        return self.internal / self.visited if self.visited else 0.0
+        """Rho = |V_P| / |V|."""
+        return self.count / self.visited if self.visited else 0.0
 
     def __repr__(self) -> str:
         return f"{self.count} promises, {self.internal} nodes replayed, delta {self.delta}, rho {self.density:.3f}"
@@ -71,9 +103,10 @@ class Operands:
     """The view of a node that replay functions get."""
 
     node: Node
+    wide: Wide | None = None
 
     def saved(self, name: str | int) -> Any:
-        return saved(self.node, name)
+        return saved(self.node, name) if self.wide is None else self.wide.saved(self.node, name)
 
 
 class Promises:
@@ -84,20 +117,27 @@ class Promises:
         graph: Graph,
         consumers: Mapping[Edge, list[tuple[int, int]]],
         captured: Mapping[Edge, tuple[Tensor, int]],
+        wide: Wide | None = None,
     ) -> None:
         self._nodes: list[Node] = graph.nodes
         self._names = graph.names
         self._operands = graph.operands
         self._consumers = consumers
         self._captured = captured
+        self._wide = wide
         self._recipes: dict[tuple[Edge, bool], Recipe] = {}
-        self._lengths: list[int] = []
-        self._internal: set[int] = set()
+        self._replayed: dict[int, list[Recipe]] = {}
+        """Recipes of one node's outputs, which one replay makes together."""
+        self._lengths: dict[int, int] = {}
+        """Longest chain for each node that waits."""
+        self.missing: set[Edge] = set()
+        """Tensors that nobody keeps and no replay makes: with their values, every promise can be kept."""
 
-    def settle(self, edge: Edge, gated: bool = False) -> str:
+    def settle(self, edge: Edge, gated: bool = False, waiter: int | None = None) -> str:
         """Find a keeper for the value of ``edge``; returns why there is none, or an empty string.
 
-        ``gated``: every consumer that relevance comes from is a relu, so its result will do.
+        ``gated``: every consumer that relevance comes from is a relu, so its result will do. ``waiter`` is the node
+        whose rule needs the value, for the report.
         """
         key = (edge, gated)
         recipe = self._recipes.get(key)
@@ -106,7 +146,8 @@ class Promises:
         if recipe.broken:
             return recipe.broken
         self._await(recipe)
-        self._lengths.append(recipe.length)
+        if waiter is not None:
+            self._lengths[waiter] = max(recipe.length, self._lengths.get(waiter, 0))
         return ""
 
     def take(self, edge: Edge, gated: bool = False) -> Tensor:
@@ -117,7 +158,7 @@ class Promises:
         return value
 
     def report(self, visited: int) -> PromiseReport:
-        return PromiseReport(len(self._lengths), len(self._internal), tuple(self._lengths), visited)
+        return PromiseReport(tuple(self._lengths.values()), len(self._replayed), visited)
 
     # Resolution: which recipe, without touching data.
 
@@ -132,12 +173,10 @@ class Promises:
             if recipe is None:
                 operation = REGISTRY.get(self._names[current.node])
                 inputs = self._operands[current.node]
-                if operation is None or operation.replay is None:
-                    recipe = Recipe(broken=f"{self._names[current.node]} cannot be recomputed")
-                elif self._hidden(operation, current.node):
-                    recipe = Recipe(broken=f"{self._names[current.node]} adds a constant that the graph did not record")
-                elif self._lost(operation, current.node):
-                    recipe = Recipe(broken=f"{self._names[current.node]} did not save a constant factor")
+                obstacle = self._obstacle(operation, current.node)
+                if obstacle or operation is None:
+                    recipe = Recipe(broken=obstacle)
+                    self.missing.add(current)
                 else:
                     waiting = [e for e in inputs if e is not None and (e, False) not in self._recipes]
                     if waiting:
@@ -153,10 +192,9 @@ class Promises:
                             self._nodes[current.node],
                             replay=operation,
                             inputs=inputs,
-                            output=current.output,
+                            edge=current,
                             length=length,
                         )
-                        self._internal.add(current.node)
             self._recipes[(current, False)] = recipe
             stack.pop()
         if not gated:
@@ -165,21 +203,31 @@ class Promises:
         self._recipes[(edge, True)] = recipe
         return recipe
 
+    def _obstacle(self, operation: Operation | None, index: int) -> str:
+        """Why a node cannot be replayed, or an empty string."""
+        name = self._names[index]
+        if operation is None or operation.replay is None:
+            return f"{name} cannot be recomputed"
+        if self._hidden(operation, index):
+            return f"{name} adds a constant that the graph did not record"
+        return self._lost(operation, index)
+
     def _hidden(self, operation: Operation, index: int) -> bool:
         if operation.hides is None:
             return False
         facts = operation.facts(self._nodes[index]) if operation.facts is not None else None
         return operation.hides(facts, tuple(edge is not None for edge in self._operands[index]))
 
-    def _lost(self, operation: Operation, index: int) -> bool:
-        """A factor that is not recorded and was not saved either, as nothing recorded is multiplied with it."""
-        return any(
-            edge is None
-            and operation.letter(position) == "*"
-            and position in operation.saved
-            and saved(self._nodes[index], operation.saved[position]) is None
-            for position, edge in enumerate(self._operands[index])
-        )
+    def _lost(self, operation: Operation, index: int) -> str:
+        """What became of a factor that is not recorded: it may not be saved either, as nothing recorded is multiplied
+        with it."""
+        for position, edge in enumerate(self._operands[index]):
+            if edge is None and operation.letter(position) == "*" and position in operation.saved:
+                found = intact(self._nodes[index], operation.saved[position])
+                if not found:
+                    name = self._names[index]
+                    return f"{name} did not save a constant factor" if found is None else f"what {name} {SINCE}"
+        return ""
 
     def _kept(self, edge: Edge, gated: bool) -> Recipe | None:
         """Someone who holds the tensor itself."""
@@ -190,7 +238,7 @@ class Promises:
         if captured is not None and captured[0]._version == captured[1]:
             return Recipe(value=captured[0])
         operation = REGISTRY.get(name)
-        if operation is not None and operation.result and edge.output == 0:
+        if operation is not None and operation.result and edge.output == 0 and intact(node, operation.result):
             return Recipe(node, operation.result)
         for consumer, position in self._consumers.get(edge, ()):
             operation = REGISTRY.get(self._names[consumer])
@@ -199,7 +247,7 @@ class Promises:
             attribute = operation.saved.get(position)
             if attribute is None and gated and operation.gates is True:
                 attribute = operation.result
-            if attribute is not None and saved(self._nodes[consumer], attribute) is not None:
+            if attribute is not None and intact(self._nodes[consumer], attribute):
                 return Recipe(self._nodes[consumer], attribute)
         return None
 
@@ -208,15 +256,8 @@ class Promises:
     def _read(self, recipe: Recipe) -> Tensor:
         if recipe.value is not None:
             return recipe.value
-        try:
-            value: Tensor = saved(recipe.node, recipe.attribute).detach()
-        except RuntimeError as error:
-            if FREED in str(error):
-                raise
-            raise BrokenPromiseError(
-                f"the tensor saved by {recipe.node.name()} was changed in place after the forward pass: {error}"
-            ) from error
-        return value
+        node, name = recipe.node, recipe.attribute
+        return plain(saved(node, name) if self._wide is None else self._wide.saved(node, name))
 
     def _await(self, recipe: Recipe) -> None:
         """Count one more taker; the first makes the recipe's own inputs awaited."""
@@ -225,15 +266,16 @@ class Promises:
             current = stack.pop()
             current.waiting += 1
             if current.replay is not None and current.waiting == 1:
+                self._replayed.setdefault(current.edge.node, []).append(current)
                 stack.extend(self._recipes[(edge, False)] for edge in current.inputs if edge is not None)
 
     def _release(self, recipe: Recipe) -> None:
         recipe.waiting -= 1
         if recipe.waiting <= 0:
-            recipe.kept = None
+            recipe.kept = recipe.value = recipe.node = None
 
     def _value(self, recipe: Recipe) -> Tensor:
-        """Read, or replay from operands up; every node is replayed once."""
+        """Read, or replay from operands up; every node is replayed once, for all its outputs."""
         stack = [recipe]
         while stack:
             current = stack[-1]
@@ -247,15 +289,26 @@ class Promises:
                 continue
             values = [None if r is None else self._at_hand(r) for r in below]
             assert current.replay.replay is not None
-            made = current.replay.replay(Operands(current.node), *values)
-            if current.output and not isinstance(made, tuple | list):
+            made = current.replay.replay(Operands(current.node, self._wide), *values)
+            if not isinstance(made, tuple | list):
+                made = (made,)
+            if current.edge.output >= len(made):
                 raise BrokenPromiseError(f"{current.node.name()} recomputes its first output alone")
-            current.kept = made[current.output] if isinstance(made, tuple | list) else made
-            for r in below:
-                if r is not None:
-                    self._release(r)
+            for output in self._replayed[current.edge.node]:
+                if output.waiting and output.kept is None:
+                    value = made[output.edge.output]
+                    # As the forward pass rounded it.
+                    output.kept = (
+                        value
+                        if self._wide is None
+                        else value.to(current.node._input_metadata[output.edge.output].dtype)
+                    )
+                    for r in below:
+                        if r is not None:
+                            self._release(r)
             stack.pop()
         return self._at_hand(recipe)
 
     def _at_hand(self, recipe: Recipe) -> Tensor:
-        return recipe.kept if recipe.kept is not None else self._read(recipe)
+        value = recipe.kept if recipe.kept is not None else self._read(recipe)
+        return value if self._wide is None else cast(Tensor, self._wide.cast(value))

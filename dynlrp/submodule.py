@@ -100,7 +100,8 @@ class Submodule:
             for edge, value in zip(node.next_functions, vjp(node, arrived), strict=True):
                 child, number = edge
                 if child is not None and value is not None and child not in self.leaves:
-                    value = fit(value, child._input_metadata[number])
+                    expected = child._input_metadata[number]
+                    value = fit(value, expected, expected.dtype)
                     before = slots.get(edge)
                     slots[edge] = value if before is None else before + value
         return tuple(None if edge is None else slots.pop(edge, None) for edge in self.operands)

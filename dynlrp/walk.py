@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from dynlrp.errors import BrokenPromiseError, DynLRPError, FreedGraphError, NonFiniteError, RuleError
-from dynlrp.graph import Edge, Graph, fit, saved, vjp
+from dynlrp.graph import CHANGED, FREED, Edge, Graph, fit, saved, vjp
 from dynlrp.ledger import Ledger
 from dynlrp.plan import Link, Plan, StepPlan
-from dynlrp.promise import FREED, Promises
-from dynlrp.rules.operation import Account, Grads, Need, Replay, divide, dot, inner, masked_product, product
+from dynlrp.precision import Wide
+from dynlrp.promise import SINCE, Promises, intact, plain
+from dynlrp.rules.operation import Account, Grads, Replay, divide, dot, inner, masked_product, product
 
 SMALL = 8192
 """Largest multiplier of a leaf that is kept as it is, to be summed to the leaf's shape when somebody asks."""
@@ -32,7 +33,9 @@ class Expand(Protocol):
 class LiveStep:
     """A :class:`StepPlan` joined with its node: what rules see (:class:`~dynlrp.rules.operation.Step`)."""
 
-    __slots__ = ("_walk", "merged", "met", "node", "operation", "plan", "present", "signals", "wants")
+    __slots__ = (
+        "_values", "_walk", "balanced", "merged", "met", "node", "operation", "plan", "present", "signals", "wants"
+    )  # fmt: skip
 
     def __init__(self, plan: StepPlan, walk: Walk) -> None:
         self.plan = plan
@@ -40,7 +43,13 @@ class LiveStep:
         self._walk = walk
         self.operation = plan.operation
         self.wants, self.signals, self.present = plan.wants, plan.signals, plan.present
-        self.met: set[Need] = set()
+        self.met: dict[tuple[int | None, int], bool] = {}
+        """Activations that somebody keeps, and whether by promise and not by the node itself: of an operand and 0, or
+        of None and the number of an output."""
+        self._values: dict[tuple[int | None, int], Tensor] = {}
+        """What was taken, for a rule that asks again."""
+        self.balanced = False
+        """The activations on both sides are promised."""
         self.merged = None if plan.merged is None else LiveStep(plan.merged, walk)
 
     @property
@@ -64,62 +73,81 @@ class LiveStep:
         return self.plan.outputs
 
     def saved(self, name: str | int) -> Any:
-        return saved(self.node, name)
+        wide = self._walk.wide
+        return saved(self.node, name) if wide is None else wide.saved(self.node, name)
 
     def operand(self, index: int) -> Tensor:
-        own = self._own(index)
-        if own is not None:
-            return own.detach()
-        edge = self.plan.operands[index]
-        assert edge is not None
-        return self._walk.promises.take(edge)
+        key = (index, 0)
+        value = self._values.get(key)
+        if value is None:
+            edge, attribute = self.plan.operands[index], self.operation.saved.get(index)
+            if self.met.get(key) and edge is not None:
+                value = self._walk.promises.take(edge)
+            else:
+                assert attribute is not None
+                value = plain(self.saved(attribute))
+            self._values[key] = value
+        return value
 
     def output(self, number: int = 0) -> Tensor:
-        result = self._result(number)
-        if result:
-            value: Tensor = self.saved(result)
-            return value.detach()
-        return self._walk.promises.take(*self._head(number))
+        key = (None, number)
+        value = self._values.get(key)
+        if value is None:
+            result = self._result(number)
+            if self.met.get(key) or not result:
+                value = self._walk.promises.take(*self._head(number))
+            else:
+                value = plain(self.saved(result))
+            self._values[key] = value
+        return value
+
+    def forget(self) -> None:
+        """Let go of what was taken."""
+        self._values.clear()
+        if self.merged is not None:
+            self.merged.forget()
 
     def book(self, account: Account, amount: Tensor) -> None:
         if self.plan.travels:
             self._walk.ledger.book(account, self.name, self.node._sequence_nr(), amount)
 
     def vjp(self, grads: Grads) -> Sequence[Tensor | None]:
-        return vjp(self.node, grads)
+        return self._walk.vjp(self.node, grads)
 
     def expand(self, function: Replay, values: Sequence[Tensor | None], grads: Grads) -> Sequence[Tensor | None]:
         return self._walk.expand(self, function, values, grads)
 
-    def settle(self, need: Need) -> str:
-        """Find a keeper for a need; returns why there is none."""
-        if need.operand is None:
-            problem = "" if self._result(need.output) else self._walk.promises.settle(*self._head(need.output))
-        elif self._own(need.operand) is not None:
+    def settle(self, operand: int | None, number: int = 0) -> str:
+        """Find a keeper for an operand, or for an output of this number; returns why there is none."""
+        key = (operand, number)
+        if key in self.met:
+            return ""
+        attribute = self._result(number) if operand is None else self.operation.saved.get(operand)
+        edge = None if operand is None else self.plan.operands[operand]
+        promises, own = self._walk.promises, None
+        if attribute is not None:
+            own = intact(self.node, attribute)
+        if own:
             problem = ""
+        elif operand is None:
+            problem = promises.settle(*self._head(number), waiter=self.plan.index)
+        elif edge is not None:
+            problem = promises.settle(edge, waiter=self.plan.index)
         else:
-            edge = self.plan.operands[need.operand]
-            problem = "autograd did not record this constant" if edge is None else self._walk.promises.settle(edge)
+            problem = "autograd did not record this constant" if own is None else f"the constant that it {SINCE}"
         if not problem:
-            self.met.add(need)
+            self.met[key] = not own
         return problem
 
     def settle_bias(self) -> str:
         """The bias of an absorbed batch norm, where it has one."""
         if self.present[2]:
-            return self.settle(Need(2))
+            return self.settle(2)
         return "" if self.saved("weight") is None else "its frozen bias is not in the graph"
 
-    def _own(self, index: int) -> Tensor | None:
-        attribute = self.operation.saved.get(index)
-        if attribute is None:
-            return None
-        value = self.saved(attribute)
-        return value if isinstance(value, Tensor) else None
-
-    def _result(self, number: int) -> str:
+    def _result(self, number: int) -> str | None:
         """The attribute that holds an output."""
-        return self.operation.result or "" if self.merged is None and number == 0 else ""
+        return self.operation.result if self.merged is None and number == 0 else None
 
     def _head(self, number: int) -> tuple[Edge, bool]:
         carrier = self.plan if self.merged is None else self.merged.plan
@@ -139,6 +167,7 @@ class Walk:
         *,
         check: bool = False,
         release: bool = False,
+        wide: Wide | None = None,
     ) -> None:
         self.plan = plan
         self.graph = graph
@@ -147,6 +176,8 @@ class Walk:
         self.expand = expand
         self.check = check
         self.release = release
+        self.wide = wide
+        self.vjp = vjp if wide is None else wide.vjp
         self._live: dict[int, LiveStep] = {}
         self._slots: dict[int, list[Tensor | None]] = {}
 
@@ -161,32 +192,32 @@ class Walk:
                 if problem:
                     broken.append(f"{self._place(step.index)} absorbs a batch norm: {problem}")
             for need in step.needs:
-                problem = live.settle(need)
+                problem = live.settle(need.operand, need.output)
                 if problem and not need.optional:
                     what = "the output" if need.operand is None else f"operand {need.operand}"
                     broken.append(f"{self._rule(step)} needs {what}: {problem}")
             for output in step.converts:
-                problem = self.promises.settle(Edge(step.index, output), step.gated)
+                problem = self.promises.settle(Edge(step.index, output), step.gated, step.index)
                 if problem:
                     broken.append(f"{self._rule(step)} needs the output: {problem}")
             for position, edge in enumerate(step.operands):
                 if edge is None:
                     continue
                 if step.scaled[position]:
-                    problem = self.promises.settle(edge)
+                    problem = self.promises.settle(edge, waiter=step.index)
                     if problem:
                         broken.append(f"{self._place(step.index)} needs operand {position} as relevance: {problem}")
-                elif step.promised[position]:
-                    if self.promises.settle(edge):
-                        self._unresolved(step)
-                    else:
-                        live.met.add(Need(position))
-            if step.balances:
-                wanted = [Need(None, optional=True, output=output) for output in step.outputs]
-                wanted += [Need(i, optional=True) for i, counts in enumerate(step.counted) if counts]
-                if any(live.settle(need) for need in wanted):
+                elif step.promised[position] and live.settle(position):
                     self._unresolved(step)
-                    live.met = {need for need in live.met if not need.optional}
+            if step.balances:
+                wanted: list[tuple[int | None, int]] = [(None, output) for output in step.outputs]
+                wanted += [(position, 0) for position, counts in enumerate(step.counted) if counts]
+                if any(live.settle(*activation) for activation in wanted):
+                    self._unresolved(step)
+                else:
+                    live.balanced = True
+            if step.unshared:
+                self.ledger.without_share.append((step.name, self._path(step.index)))
             if step.fallback:
                 self.ledger.fallbacks.append((step.name, self._path(step.index)))
         for edge in edges:
@@ -195,14 +226,22 @@ class Walk:
                 name = self.graph.names[edge.node]
                 broken.append(f"the relevance of the tensor made by {name} needs its value: {problem}")
         if broken:
+            self._live.clear()
             raise BrokenPromiseError(
-                "\n".join(dict.fromkeys(broken)) + "\nexplain() sees frozen parameters and replays more than "
-                "relevance() can; otherwise let the parameters require grad, or name a composite whose rules need "
-                "no activations here ('attnlrp')."
+                "\n".join(dict.fromkeys(broken)) + "\nLet what the model adds and multiplies require grad, and write "
+                "operations out of place (x = x + 1, not x += 1); or name a composite whose rules need no activations "
+                "here ('attnlrp'). explain() of an nn.Module knows its parameters, frozen or not, and records in a "
+                "second run what no operation kept."
             )
 
     def run(self, seed: Tensor, root: Edge, keep: Sequence[Edge]) -> dict[Edge, Tensor]:
         """Send ``seed`` from ``root``; returns what arrived at each edge of ``keep``, in the edge's gauge."""
+        try:
+            return self._run(seed, root, keep)
+        finally:
+            self._live.clear()  # which know this walk
+
+    def _run(self, seed: Tensor, root: Edge, keep: Sequence[Edge]) -> dict[Edge, Tensor]:
         arrived: dict[Edge, Tensor] = {}
         slots, nodes, careful = self._slots, self.graph.nodes, self.check
         self._receive(root.node, root.output, seed, nodes[root.node]._input_metadata)
@@ -217,15 +256,16 @@ class Walk:
                     if not chain:
                         self._visit(step, grads)
                     elif not step.exact:
-                        self._hand_on(step, None, step.links[0], vjp(nodes[index], grads)[0])
+                        self._hand_on(step, None, step.links[0], self.vjp(nodes[index], grads)[0])
                     else:
                         value = cast(Tensor, grads[0])
                         for index in chain:
-                            value = nodes[index](value)
+                            node = nodes[index]
+                            value = node(value) if self.wide is None else cast(Tensor, self.vjp(node, [value])[0])
                             if careful:
                                 self._look(step, index, 0, value)
-                        node, output = cast(Edge, step.target)
-                        self._receive(node, output, value, nodes[node]._input_metadata)
+                        place, output = cast(Edge, step.target)
+                        self._receive(place, output, value, nodes[place]._input_metadata)
                 except (DynLRPError, torch.OutOfMemoryError):
                     raise
                 except Exception as error:
@@ -247,7 +287,7 @@ class Walk:
         booked = len(self.ledger) if step.balances else 0
         live = None
         if step.plain:
-            results = vjp(self.graph.nodes[step.index], grads)
+            results = self.vjp(self.graph.nodes[step.index], grads)
         else:
             live = self._live.get(step.index) or LiveStep(step, self)
             results = step.rule(live, grads)
@@ -260,6 +300,8 @@ class Walk:
             value = results[link.position]
             if value is not None:
                 self._hand_on(step, live, link, value)
+        if live is not None:
+            live.forget()
 
     def _hand_on(self, step: StepPlan, live: LiveStep | None, link: Link, value: Tensor | None) -> None:
         """Bring a result to the operand's shape and dtype, as autograd's engine would, and to its next node."""
@@ -274,8 +316,9 @@ class Walk:
             return
         metadata = self.graph.nodes[link.node]._input_metadata
         expected = metadata[link.output]
-        if value.dtype is not expected.dtype or expected.is_nested_tensor or list(value.shape) != expected.shape:
-            value = self._fit(step, link.position, value, expected)
+        dtype = expected.dtype if self.wide is None else self.wide.of(expected.dtype)
+        if value.dtype is not dtype or expected.is_nested_tensor or list(value.shape) != expected.shape:
+            value = self._fit(step, link.position, value, expected, dtype)
         if self.check:
             self._look(step, step.index, link.position, value)
         if link.account:
@@ -323,8 +366,8 @@ class Walk:
             leaf = self.graph.nodes[link.node].variable
             self.ledger.book_later(account, step.name, self._sequence(step), value, leaf)
             return
-        elif live is not None and Need(link.position) in live.met:
-            amount = dot(value, self.promises.take(Edge(link.node, link.output)))
+        elif live is not None and (link.position, 0) in live.met:
+            amount = dot(value, live.operand(link.position))
         else:
             return
         self.ledger.book(account, step.name, self._sequence(step), amount)
@@ -348,7 +391,7 @@ class Walk:
         self, step: StepPlan, live: LiveStep, grads: Grads, results: Sequence[Tensor | None], booked: int
     ) -> None:
         """Book what went in and neither came out nor was booked by the rule, where only the activations tell."""
-        if any(Need(None, optional=True, output=output) not in live.met for output in step.outputs):
+        if not live.balanced:
             return
         amount: Tensor | float = 0.0
         for output, g in enumerate(grads):
@@ -364,9 +407,9 @@ class Walk:
         if isinstance(lost, Tensor):
             live.book("held back" if step.fallback else step.aside or "constants", lost)
 
-    def _fit(self, step: StepPlan, position: int, value: Tensor, expected: Any) -> Tensor:
+    def _fit(self, step: StepPlan, position: int, value: Tensor, expected: Any, dtype: torch.dtype) -> Tensor:
         try:
-            return fit(value, expected)
+            return fit(value, expected, dtype)
         except RuntimeError as error:
             raise RuleError(
                 f"{self._rule(step)} returned shape {tuple(value.shape)} for operand "
@@ -402,6 +445,9 @@ class Walk:
                 f"the saved tensors of {self._place(index)} are gone: a backward pass freed this graph. Explain before "
                 f"backward(), or call backward(retain_graph=True)."
             )
-        if "modified by an inplace operation" in text:
-            return BrokenPromiseError(f"a tensor that {self._place(index)} saved was changed in place: {text}")
+        if CHANGED in text:
+            return BrokenPromiseError(
+                f"{type(step.rule).__name__} on {self._place(index)}: what it {SINCE}. Write operations out of place "
+                f"(x = x + 1, not x += 1), or explain before anything is changed. {text}"
+            )
         return RuleError(f"{type(step.rule).__name__} failed on {self._place(index)}: {type(error).__name__}: {text}")

@@ -16,12 +16,18 @@ from dynlrp.rules.operation import OUTPUT, Grads, Need, Operation, Rule, Step, S
 class EpsilonSum(Rule):
     """R_a = a / (z + epsilon sign(z)) R: each summand by its share, with a stabiliser (Bach et al. 2015, eq. 58).
 
-    With ``epsilon=0`` it is the VJP, which every sum has without this rule.
+    With ``epsilon=0`` it is the VJP, which every sum has without this rule. ``relative``: epsilon is in units of the
+    root mean square of z, as on linear layers.
     """
 
     families = frozenset({"addition"})
 
     epsilon: float = 1e-6
+    relative: bool = False
+
+    @property
+    def whole_output(self) -> bool:
+        return self.relative
 
     def needs(self, step: StepShape) -> Sequence[Need]:
         return [OUTPUT]
@@ -31,7 +37,7 @@ class EpsilonSum(Rule):
         if g is None:
             return [None] * len(step.wants)
         relevance = g * z
-        s = divide(relevance, z, self.epsilon)
+        s = divide(relevance, z, self.epsilon, self.relative)
         step.book("absorbed", (relevance - s * z).sum())
         return step.vjp([s])
 
@@ -40,14 +46,15 @@ class EpsilonSum(Rule):
 class Magnitude(Rule):
     """R_a = |a| / (|a| + |b|) R: shares by magnitude, whatever the signs  (Lee & Millan Arias 2025).
 
-    A parameter takes its share too; what autograd did not record, a number or
-    a buffer, takes none. Where both are 0 the relevance is absorbed.
+    A parameter takes its share too; what autograd did not record, a number or a buffer, takes none, and the ledger
+    lists the operation. Where both are 0 the relevance is absorbed.
     """
 
     families = frozenset({"addition"})
 
     consumes = "relevance"
     emits = "relevance"
+    recorded_only = True
 
     def needs(self, step: StepShape) -> Sequence[Need]:
         return [Need(i) for i, present in enumerate(step.present) if present] if len(step.present) > 1 else []

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dynlrp.rules.operation import Grads, Operation, Rule, Step, dot, inner, register
+from dynlrp.rules.shape import number
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,13 @@ class SoftmaxVJP(Rule):
 
     families = frozenset({"softmax"})
 
-    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
-        (m,) = step.vjp(grads)
+    def __call__(self, step: Any, grads: Grads) -> Sequence[Tensor | None]:
+        g = grads[0]
+        if g is None or g.dtype is step.node._input_metadata[0].dtype:
+            (m,) = step.vjp(grads)
+        else:  # wider than the kernel takes
+            p = step.saved("result")
+            m = p * (g - (g * p).sum(number(step), keepdim=True))
         if m is not None:
             g, passed, p = _elements(grads[0], m, step.saved("result"))
             step.book("offsets", dot(g, p) - (passed * torch.where(p > 0, p, 1.0).log()).sum())
@@ -104,8 +110,12 @@ class LogSoftmaxVJP(Rule):
 
     families = frozenset({"log softmax"})
 
-    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
-        (m,) = step.vjp(grads)
+    def __call__(self, step: Any, grads: Grads) -> Sequence[Tensor | None]:
+        g = grads[0]
+        if g is None or g.dtype is step.node._input_metadata[0].dtype:
+            (m,) = step.vjp(grads)
+        else:
+            m = g - step.saved("result").exp() * g.sum(number(step), keepdim=True)
         if m is not None:
             g, passed, log = _elements(grads[0], m, step.saved("result"))
             step.book("offsets", dot(g - passed, torch.where(log == -torch.inf, 0.0, log)))

@@ -100,9 +100,10 @@ for _reason, _names in (
     ),
     (
         "PyTorch has no derivative for what ran here, so the graph does not tell what it was: write it in "
-        "differentiable operations",
+        "differentiable operations (of quantised weights, dequantise the weights before the product)",
         """
             torch::autograd::DelayedError torch::autograd::Error torch::autograd::NotImplemented
+            torch::autograd::WarnNotImplemented
             torch::autograd::UndefinedGrad torch::autograd::UndefinedGradBackward
         """,
     ),

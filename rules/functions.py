@@ -1,4 +1,4 @@
-"""Custom ``torch.autograd.Function``s of transformers and bitsandbytes, by what they stand for.
+"""Custom ``torch.autograd.Function``s of PyTorch, transformers and bitsandbytes, by what they stand for.
 
 Nodes are known by the name of their class alone, so the module that the class comes from is looked at too.
 """
@@ -6,7 +6,8 @@ Nodes are known by the name of their class alone, so the module that the class c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from dynlrp.rules.elementwise import Function, elementwise
 from dynlrp.rules.expansion import expand
 from dynlrp.rules.linear import lost_bias
-from dynlrp.rules.operation import linear_operation
+from dynlrp.rules.operation import VJP, Grads, Step, blocked, linear_operation
 from dynlrp.rules.shape import always
 
 
@@ -30,6 +31,38 @@ def comes_from(module: str) -> dict[str, Any]:
 
     return {"facts": facts, "blocked": blocked}
 
+
+# What PyTorch puts around a module.
+
+
+@dataclass(frozen=True)
+class Untouched(VJP):
+    """m_x = m: what goes in comes out (exact: the function is the identity). Its own backward does other things, and
+    is not called."""
+
+    def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+        return list(grads)
+
+
+for _name, _module in (
+    ("BackwardHookFunctionBackward", "torch.nn.modules._functions"),  # full backward hooks
+    ("_DDPSinkBackward", "torch.nn.parallel.distributed"),  # DistributedDataParallel, where it looks for unused weights
+):
+    linear_operation(
+        _name,
+        family="movement",
+        rule=Untouched(),
+        copies=True,
+        sign="same",
+        replay=lambda step, *xs: xs,
+        **comes_from(_module),
+    )
+
+blocked(
+    "a reentrant checkpoint records nothing of what runs in it: call torch.utils.checkpoint.checkpoint with "
+    "use_reentrant=False, or switch checkpointing off (model.gradient_checkpointing_disable())",
+    "CheckpointFunctionBackward",
+)
 
 # Bloom's gelu, with its digits.
 

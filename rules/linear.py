@@ -3,8 +3,13 @@
 All rules but :class:`Epsilon` with ``epsilon=0`` are sums of terms: a part of the input times modified weights, over a
 stabilised sum of those terms. With ``s = R / stabilise(sum_t x_t W_t + b_t)`` the input gets ``sum_t x_t * (W_t^T s)``
 and the bias ``sum_t b_t * s``. By default the bias is part of the sum and keeps its share (booked in the ledger);
-``bias=False`` leaves it out, which zennit calls ``zero_params="bias"``. The stabiliser is ``z + epsilon * sign(z)``
-with ``sign(0) = 1``.
+``bias=False`` leaves it out, which zennit calls ``zero_params="bias"``.
+
+The stabiliser is ``z + epsilon * sign(z)`` with ``sign(0) = 1``. With ``relative=True`` it is ``z + epsilon * rms(z) *
+sign(z)``, where ``rms`` is the square root of the mean of ``z^2`` over everything but the first dimension of the
+operation's output: over a sample of a batch of images, over a token where the product has a row per token. An epsilon
+so given means the same on every scale of the activations; 0.1 to 0.25 is usual (Montavon et al. 2019, section 10.3,
+whose code takes it over the whole batch; zennit's ``norm_scale``).
 """
 
 from __future__ import annotations
@@ -109,6 +114,7 @@ class TermRule(Rule):
     families = frozenset({"dense", "convolution"})
 
     epsilon: float = field(default=1e-6, kw_only=True)
+    relative: bool = field(default=False, kw_only=True)
     bias: bool = field(default=True, kw_only=True)
 
     @property
@@ -118,6 +124,10 @@ class TermRule(Rule):
     @property
     def merges_norm(self) -> bool:
         return True
+
+    @property
+    def whole_output(self) -> bool:
+        return self.relative
 
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
         """The groups of terms for input, weight, bias and the relevance of the output."""
@@ -129,7 +139,7 @@ class TermRule(Rule):
         passed = torch.zeros((), dtype=torch.float32, device=g.device)
         for terms, relevance, z in self.groups(step, x, w, b, g):
             z = sum_terms(step, terms) if z is None else z
-            s = divide(relevance, z.conj(), self.epsilon).to(w.dtype)  # under autocast z may be wider
+            s = divide(relevance, z.conj(), self.epsilon, self.relative).to(w.dtype)  # under autocast z may be wider
             passed = passed + dot(s, z)
             found.append(Share(terms, s))
         return found, g.sum() - passed
@@ -330,23 +340,27 @@ class Gamma(TermRule):
         r = g * z
         if step.nonnegative and step.gated and self.bias:  # all that matters is positive
             terms = self._raised(x, w, b)
-            q = self._over(r, sum_terms(step, terms).abs_()).to(w.dtype)
-            return [Share(terms, q)], q.sum() * self.epsilon
+            q, absorbed = self._over(r, sum_terms(step, terms).abs_(), w.dtype)
+            return [Share(terms, q)], absorbed
         half = self.gamma / 2
         plain = Term(x, None, w * (1 + half), None if b is None else b * (1 + half))
         size, mask = (x, None) if step.nonnegative else (x.abs(), x.sign())
         sizes = Term(size, mask, each(w, torch.abs) * half, None if b is None else b.abs() * half)
         sign, whole = z.sign(), sum_terms(step, (sizes,))
         if self.bias:
-            q = self._over(r, whole.add_(z.abs(), alpha=1 + half)).to(w.dtype)
-            return [Share((plain,), q * sign), Share((sizes,), q)], q.sum() * self.epsilon
+            q, absorbed = self._over(r, whole.add_(z.abs(), alpha=1 + half), w.dtype)
+            return [Share((plain,), q * sign), Share((sizes,), q)], absorbed
         whole = whole.mul_(sign).add_(sum_terms(step, (plain,)))  # which may have another sign than z
-        s = divide(r, whole, self.epsilon).to(w.dtype)
+        s = divide(r, whole, self.epsilon, self.relative).to(w.dtype)
         return [Share((plain,), s), Share((sizes,), s * sign)], r.sum() - dot(s, whole)
 
-    def _over(self, r: Tensor, size: Tensor) -> Tensor:
-        """Stabilised quotient by what is not negative; takes both tensors."""
-        return r.div_(size.add_(self.epsilon)) if self.epsilon else divide(r, size, 0.0)
+    def _over(self, r: Tensor, size: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Stabilised quotient by what is not negative, and what the stabiliser absorbs; takes both tensors."""
+        if self.relative or not self.epsilon:
+            q = divide(r, size, self.epsilon, self.relative).to(dtype)
+            return q, r.sum() - dot(q, size)
+        q = r.div_(size.add_(self.epsilon)).to(dtype)
+        return q, q.sum() * self.epsilon
 
     def _raised(self, x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Term, ...]:
         def raised(v: Tensor) -> Tensor:

@@ -109,6 +109,16 @@ class Rule:
         return False
 
     @property
+    def whole_output(self) -> bool:
+        """It reads its output also where no relevance arrives, so that the result of a relu behind will not do."""
+        return False
+
+    @property
+    def recorded_only(self) -> bool:
+        """A summand that autograd did not record takes no share; the ledger lists the operation."""
+        return False
+
+    @property
     def books(self) -> bool:
         """The rule enters the relevance of parameters and coefficients into the ledger itself."""
         return False
@@ -256,6 +266,8 @@ class Operation:
     """A signal times this function's value is a state that decays."""
     running: bool = False
     """A running sum over steps."""
+    own_dtype: bool = False
+    """Its derivative is of use in the dtype of its forward alone, as it reads buffers that it filled there."""
     absorbs: int | None = None
     """Operand that must be the input for the operation to take a batch norm behind it into its weights."""
     affine: Callable[[Any], bool] | None = None
@@ -343,18 +355,24 @@ def inner(m: Tensor, x: Tensor) -> Tensor:
     return torch.where(m == 0, 0.0, product(m, x)).sum()
 
 
-def divide(relevance: Tensor, z: Tensor, epsilon: float) -> Tensor:
+def divide(relevance: Tensor, z: Tensor, epsilon: float, relative: bool = False) -> Tensor:
     """``relevance / (z + epsilon * sign(z))`` with ``sign(0) = 1``; without stabiliser, 0 where z is 0.
 
-    The sign of a complex number is its direction.
+    ``relative``: epsilon is in units of the root mean square of z, of each entry of the first dimension. The sign of a
+    complex number is its direction.
     """
     if z.is_complex():
         size = z.abs()
         direction = torch.where(size == 0, 1.0, z / torch.where(size == 0, 1.0, size))
-        return divide(relevance, size, epsilon) / direction
-    if epsilon:
+        return divide(relevance, size, epsilon, relative) / direction
+    if epsilon and not relative:
         plus = torch.full((), epsilon, dtype=z.dtype, device=z.device)
         return relevance / torch.where(z < 0, -plus, plus).add_(z)
+    if epsilon:
+        wide = torch.promote_types(z.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(z, dim=tuple(range(1, z.ndim)) or None, keepdim=True, dtype=wide)
+        plus = norm * (epsilon * (norm.numel() / max(1, z.numel())) ** 0.5)
+        z = z + torch.where(z < 0, -plus, plus)
     empty = z == 0
     return torch.where(empty, 0.0, relevance / torch.where(empty, 1.0, z)).to(relevance.dtype)
 

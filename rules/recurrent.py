@@ -218,8 +218,8 @@ def _gru_cell(step: Any, *operands: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 for _name in ("CudnnRnnBackward0", "MiopenRnnBackward0"):
-    expand(_name, _cudnn, "recurrent", saved={0: "input"})
-expand("LstmMpsBackward0", _mps, "recurrent", saved={0: "input"})
-expand("MkldnnRnnLayerBackward0", _mkldnn, "recurrent", saved={0: "input", 5: "hx_", 6: "cx_"})
+    expand(_name, _cudnn, "recurrent", saved={0: "input"}, own_dtype=True)
+expand("LstmMpsBackward0", _mps, "recurrent", saved={0: "input"}, own_dtype=True)
+expand("MkldnnRnnLayerBackward0", _mkldnn, "recurrent", saved={0: "input", 5: "hx_", 6: "cx_"}, own_dtype=True)
 expand("ThnnFusedLstmCellBackward0", _lstm_cell, "recurrent", saved={0: "input_gates", 1: "hidden_gates", 2: "cx"})
 expand("ThnnFusedGruCellBackward0", _gru_cell, "recurrent", saved={0: "input_gates", 1: "hidden_gates", 2: "hx"})

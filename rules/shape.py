@@ -78,9 +78,35 @@ _moves(
     "PinMemoryBackward0",
     replay=lambda step, x: x,
 )
-_moves("ToCopyBackward0", replay=_cast)
+
+
+@dataclass(frozen=True)
+class Cast(VJP):
+    """m_x = m: a copy in another dtype or on another device (exact: up to the rounding of the copy). Relevance may be
+    wider than the tensors, and then stays so.
+
+    ``operand`` is what is copied. What it is written over has no relevance.
+    """
+
+    operand: int = 0
+
+    def __call__(self, step: Any, grads: Grads) -> Sequence[Tensor | None]:
+        g = grads[0]
+        results: list[Tensor | None] = [None] * len(step.wants)
+        if g is None:
+            return results
+        for position, ((child, output), wanted) in enumerate(zip(step.node.next_functions, step.wants, strict=True)):
+            if wanted:
+                made = child._input_metadata[output]
+                copied = position == self.operand
+                results[position] = g.to(made.device) if copied else g.new_zeros(made.shape, device=made.device)
+        return results
+
+
+_moves("ToCopyBackward0", rule=Cast(), replay=_cast)
 _moves(
     "torch::autograd::CopyBackwards",  # the second operand is written over the first
+    rule=Cast(1),
     replay=lambda step, old, new: _cast(step, new).expand(step.node._input_metadata[0].shape),
     hides=lambda facts, present: not present[1],
     exact=False,
@@ -206,9 +232,6 @@ linear_operation(
 linear_operation(
     *with_copies("NegBackward0", "NegViewBackward0"), family="movement", exact=True, replay=lambda step, x: -x
 )
-
-# What full backward hooks on a module put around it.
-linear_operation("BackwardHookFunctionBackward", family="movement")
 
 # Sequences of several lengths, one after the other.
 

@@ -63,15 +63,28 @@ def dense(function: Affine, shape: Sequence[int], weight: Tensor, bias: Tensor |
     )
 
 
-def stabilised(z: Tensor, epsilon: float) -> Tensor:
+class Relative(NamedTuple):
+    """An epsilon in units of the root mean square of each of ``rows`` equal parts."""
+
+    epsilon: float
+    rows: int
+
+
+def stabilised(z: Tensor, epsilon: float | Relative) -> Tensor:
     """``z + epsilon * sign(z)`` with ``sign(0) = 1``."""
-    return z + epsilon * (2.0 * (z >= 0).double() - 1.0)
+    sign = 2.0 * (z >= 0).double() - 1.0
+    if not isinstance(epsilon, Relative):
+        return z + epsilon * sign
+    parts = z.flatten().chunk(epsilon.rows)
+    scale = torch.cat([torch.full_like(part, epsilon.epsilon * float((part**2).mean()) ** 0.5) for part in parts])
+    return z + scale.reshape(z.shape) * sign
 
 
-def shared(parts: Tensor, r: Tensor, epsilon: float, z: Tensor | None = None) -> Tensor:
-    """``parts[i, j] / stabilise(sum_i parts[i, j]) * r[j]``; where there is no relevance there is none to share."""
-    z = parts.sum(0) if z is None else z
-    return torch.where(r == 0, 0.0, parts / stabilised(z, epsilon) * r)
+def shared(parts: Tensor, r: Tensor, epsilon: float | Relative, z: Tensor | None = None) -> Tensor:
+    """``parts[i, j] / stabilise(sum_i parts[i, j]) * r[j]``; where there is no relevance there is none to share, and
+    where all of the sums are zero there is no scale to share it by."""
+    z = stabilised(parts.sum(0) if z is None else z, epsilon)
+    return torch.where((r == 0) | (z == 0), 0.0, parts / z * r)
 
 
 def _parts(layer: Dense, x: Tensor, bias: bool) -> Tensor:
@@ -79,20 +92,22 @@ def _parts(layer: Dense, x: Tensor, bias: bool) -> Tensor:
     return torch.cat([x[:, None] * layer.weight, layer.bias[None] * bias])
 
 
-def epsilon(layer: Dense, x: Tensor, r: Tensor, *, epsilon: float, bias: bool = True) -> Tensor:
+def epsilon(layer: Dense, x: Tensor, r: Tensor, *, epsilon: float | Relative, bias: bool = True) -> Tensor:
     return shared(_parts(layer, x, bias), r, epsilon)
 
 
-def gamma(layer: Dense, x: Tensor, r: Tensor, *, gamma: float, epsilon: float = 1e-6, bias: bool = True) -> Tensor:
+def gamma(
+    layer: Dense, x: Tensor, r: Tensor, *, gamma: float, epsilon: float | Relative = 1e-6, bias: bool = True
+) -> Tensor:
     """Contributions of the output's own sign count ``1 + gamma`` times."""
     parts = _parts(layer, x, bias)
     z = x @ layer.weight + layer.bias
-    up = shared(parts + gamma * parts.clamp(min=0), r * (z > 0), epsilon)
-    return up + shared(parts + gamma * parts.clamp(max=0), r * (z < 0), epsilon)
+    own = torch.where(z > 0, parts.clamp(min=0), parts.clamp(max=0))
+    return shared(parts + gamma * own, r * (z != 0), epsilon)
 
 
 def gamma_unsigned(
-    layer: Dense, x: Tensor, r: Tensor, *, gamma: float, epsilon: float = 1e-6, bias: bool = True
+    layer: Dense, x: Tensor, r: Tensor, *, gamma: float, epsilon: float | Relative = 1e-6, bias: bool = True
 ) -> Tensor:
     """Positive weights count ``1 + gamma`` times."""
     raised = Dense(
@@ -102,29 +117,36 @@ def gamma_unsigned(
 
 
 def alpha_beta(
-    layer: Dense, x: Tensor, r: Tensor, *, alpha: float, beta: float, epsilon: float = 1e-6, bias: bool = True
+    layer: Dense,
+    x: Tensor,
+    r: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    epsilon: float | Relative = 1e-6,
+    bias: bool = True,
 ) -> Tensor:
     parts = _parts(layer, x, bias)
     return alpha * shared(parts.clamp(min=0), r, epsilon) - beta * shared(parts.clamp(max=0), r, epsilon)
 
 
-def z_plus(layer: Dense, x: Tensor, r: Tensor, *, epsilon: float = 1e-6, bias: bool = True) -> Tensor:
+def z_plus(layer: Dense, x: Tensor, r: Tensor, *, epsilon: float | Relative = 1e-6, bias: bool = True) -> Tensor:
     return shared(_parts(layer, x, bias).clamp(min=0), r, epsilon)
 
 
-def z_box(layer: Dense, x: Tensor, r: Tensor, *, low: Tensor, high: Tensor, epsilon: float = 1e-6) -> Tensor:
+def z_box(layer: Dense, x: Tensor, r: Tensor, *, low: Tensor, high: Tensor, epsilon: float | Relative = 1e-6) -> Tensor:
     """``low`` and ``high`` have an entry per input."""
     w = layer.weight
     parts = x[:, None] * w - low[:, None] * w.clamp(min=0) - high[:, None] * w.clamp(max=0)
     return shared(torch.cat([parts, torch.zeros_like(parts[:1])]), r, epsilon)
 
 
-def w_square(layer: Dense, x: Tensor, r: Tensor, *, epsilon: float = 1e-6, bias: bool = True) -> Tensor:
+def w_square(layer: Dense, x: Tensor, r: Tensor, *, epsilon: float | Relative = 1e-6, bias: bool = True) -> Tensor:
     return shared(_parts(layer, torch.ones_like(x), bias).abs() ** 2, r, epsilon)
 
 
 def flat(
-    layer: Dense, x: Tensor, r: Tensor, *, epsilon: float = 1e-6, bias: bool = False, biased: bool = True
+    layer: Dense, x: Tensor, r: Tensor, *, epsilon: float | Relative = 1e-6, bias: bool = False, biased: bool = True
 ) -> Tensor:
     """``biased``: the layer has a bias at all."""
     linked = layer.linked.double()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynlrp import Composite, explain
 from dynlrp.rules import REGISTRY, EpsilonSum, Flat, Magnitude
-from tests.oracle import agrees, draw, same, stabilised
+from tests.oracle import Relative, agrees, draw, same, stabilised
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -95,6 +95,21 @@ def test_epsilon(name: str, how: Sum, shapes: tuple[tuple[int, ...], ...], epsil
     composite = Composite.of("epsilon", {"addition": EpsilonSum(epsilon)})
     explanation = explain(how.function, (a, b), lambda y: (y * m).sum(), composite=composite)
     agrees(explanation, wanted, {"absorbed": (z * m).sum() - sum(w.sum() for w in wanted)})
+
+
+@pytest.mark.parametrize(("name", "how"), ALL)
+def test_relative_epsilon(name: str, how: Sum) -> None:
+    """In units of the root mean square of each sample's sum."""
+    a, b, m = draw(0, 3, 2, 2), draw(1, 3, 2, 2), draw(2, 3, 2, 2)
+    left, right = how.left * a, how.right * b
+    z = left + right
+    unit = z * m / stabilised(z, Relative(0.2, 3))
+    composite = Composite.of("epsilon", {"addition": EpsilonSum(0.2, relative=True)})
+    explanation = explain(how.function, (a, b), lambda y: (y * m).sum((1, 2)), composite=composite)
+    agrees(explanation, [left * unit, right * unit], {"absorbed": (z * m - z * unit).sum()})
+    # A relu behind it hides nothing of the scale.
+    gated = explain(lambda a, b: how.function(a, b).relu(), (a, b), lambda y: (y * m).sum((1, 2)), composite=composite)
+    agrees(gated, [left * unit * (z > 0), right * unit * (z > 0)])
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-6])

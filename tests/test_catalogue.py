@@ -38,7 +38,9 @@ OUTSIDE = {
     "MatMul8bitFpBackward",
     "MatMul8bitLtBackward",
     "submodule",  # calls of modules
-    "BackwardHookFunctionBackward",  # a Function of torch.nn.modules
+    "BackwardHookFunctionBackward",  # Functions of torch.nn and torch.utils
+    "CheckpointFunctionBackward",
+    "_DDPSinkBackward",
     "ContiguousBackward0",  # of earlier releases
     "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_defaultBackward",  # written in Python
     "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_no_reduction_defaultBackward",
@@ -50,6 +52,7 @@ OUTSIDE = {
     "torch::autograd::NotImplemented",
     "torch::autograd::UndefinedGrad",
     "torch::autograd::UndefinedGradBackward",
+    "torch::autograd::WarnNotImplemented",
     "torch::distributed::autograd::RecvRpcBackward",
     "torch::distributed::autograd::SendRpcBackward",
 }

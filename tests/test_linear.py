@@ -227,6 +227,73 @@ def test_convolutions(name: str, setup: Setup) -> None:
     _check(CASES[name], setup)
 
 
+RELATIVE: dict[str, tuple[Rule, Callable[..., Tensor], dict[str, Any]]] = {
+    "epsilon": (Epsilon(0.25, relative=True), oracle.epsilon, {}),
+    "epsilon,bias=False": (Epsilon(0.25, relative=True, bias=False), oracle.epsilon, {"bias": False}),
+    "gamma": (Gamma(epsilon=0.25, relative=True), oracle.gamma, {"gamma": 0.25}),
+    "gamma,unsigned": (
+        Gamma(signed=False, epsilon=0.25, relative=True), oracle.gamma_unsigned, {"gamma": 0.25}
+    ),
+    "alpha_beta": (AlphaBeta(epsilon=0.25, relative=True), oracle.alpha_beta, {"alpha": 2.0, "beta": 1.0}),
+    "zplus": (ZPlus(epsilon=0.25, relative=True), oracle.z_plus, {}),
+    "zbox": (ZBox(-3.0, 2.0, epsilon=0.25, relative=True), oracle.z_box, {}),
+    "wsquare": (WSquare(epsilon=0.25, relative=True), oracle.w_square, {}),
+    "flat": (Flat(epsilon=0.25, relative=True), oracle.flat, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["dense", "convolution"])
+@pytest.mark.parametrize("name", RELATIVE)
+@given(data=st.data())
+@settings(max_examples=12)
+def test_a_relative_stabiliser(name: str, kind: str, data: st.DataObject) -> None:
+    """Epsilon in units of each sample's root mean square; a matrix product has a row per token."""
+    setup = data.draw(setups(dense_layers() if kind == "dense" else convolutions()))
+    with torch.no_grad():
+        z = setup.layer(setup.x)
+    rows = z.numel() // z.shape[-1] if kind == "dense" else len(z)
+    rule, slow, options = RELATIVE[name]
+    case = Case(
+        rule,
+        partial(slow, epsilon=oracle.Relative(0.25, rows), **options),
+        (-3.0, 2.0) if name == "zbox" else None,
+    )
+    _check(case, setup)
+
+
+def test_a_relative_stabiliser_knows_no_scale() -> None:
+    """Weights a million times as large give the same relevance; an absolute epsilon is then nothing."""
+    x, r = draw(0, 3, 6), torch.tensor([[1.0, 0.0, -1.0, 2.0]]).double().expand(3, 4)
+    found = {}
+    for relative in (True, False):
+        for scale in (1.0, 1e6):
+            layer = Layer(F.linear, draw(1, 4, 6) * scale, None)
+            rule = Epsilon(0.25, relative=relative)
+            found[relative, scale] = explain(layer, x, r, composite=only(rule)).relevance
+    oracle.same(found[True, 1e6], found[True, 1.0])
+    assert float((found[False, 1e6] - found[False, 1.0]).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("kind", [torch.matmul, torch.mv, torch.dot])
+def test_a_relative_stabiliser_of_vectors_and_zeros(kind: Callable[..., Tensor]) -> None:
+    """A vector is one row; where all of it is zero nothing is divided, and the relevance is absorbed."""
+    x, w = draw(0, 2, 3), draw(1, 3)
+    if kind is torch.dot:
+        x = x[0]
+    z = kind(x, w)
+    m = draw(2, *z.shape)
+    composite = only(Epsilon(0.25, relative=True))
+    s = z * m / oracle.stabilised(z, oracle.Relative(0.25, 1))
+    agrees(
+        explain(lambda x: kind(x, w), x, lambda y: (y * m).sum(), composite=composite),
+        x * w * s.unsqueeze(-1) if z.ndim else x * w * s,
+    )
+    silent = explain(lambda x: kind(x * 0.0, w), x, torch.ones_like(z), composite=composite)
+    assert silent.relevance.count_nonzero() == 0
+    assert silent.finite()
+    assert silent.ledger.accounts["absorbed"] == pytest.approx(z.numel())
+
+
 def test_a_wrong_formula_would_be_seen() -> None:
     """The rules differ from each other far beyond the tolerance on the cases above."""
     layer = Layer(F.linear, draw(0, 4, 6), draw(1, 4))

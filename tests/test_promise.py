@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,12 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynlrp import BrokenPromiseError, Composite, FreedGraphError, When, explain, relevance
-from dynlrp.rules import AlphaBeta, Epsilon, Gamma, Need, Operation, Rule, WSquare, ZBox, ZPlus, register
+from dynlrp.capture import Recorder
+from dynlrp.rules import AlphaBeta, Epsilon, Gamma, Magnitude, Need, Operation, Rule, WSquare, ZBox, ZPlus, register
 from dynlrp.rules.operation import OUTPUT, Grads, Step, StepShape
-from tests.conftest import Opaque
+from tests.conftest import Apply, Opaque
 from tests.oracle import agrees, draw, same
 
 GAMMA = Composite.of("gamma", {"dense": Gamma(), "convolution": Gamma()})
+MAGNITUDE = Composite.of("magnitude", {"addition": Magnitude()})
+W = draw(100, 3, 6)
 RULES: dict[str, Rule] = {
     "gamma": Gamma(), "epsilon": Epsilon(0.1), "alpha_beta": AlphaBeta(), "zplus": ZPlus(), "wsquare": WSquare(),
     "zbox": ZBox(-3.0, 3.0),
@@ -109,18 +113,33 @@ def test_convolutions_and_batch_norm() -> None:
         agrees(frozen, trainable.relevance, trainable.ledger.accounts)
 
 
-def test_figures() -> None:
-    """Multiplier rules on trainable weights need no promise beyond the input's value; gamma on frozen ones replays."""
-    net, x = Net(torch.relu), draw(0, 2, 6)
-    plain = explain(net, x, composite="attnlrp").promises
-    assert (plain.internal, plain.delta, plain.density) == (0, 0, 0.0)
-    net = Net(lambda x: x.view(-1, 2, 3).flip(2).transpose(1, 2).reshape(-1, 6)).requires_grad_(False)
-    frozen = explain(net, x, composite=GAMMA).promises
-    assert frozen.delta >= 4
-    assert frozen.internal >= frozen.delta
-    assert 0 < frozen.density <= 1
-    assert frozen.count >= 2
-    assert "promises" in repr(frozen)
+FIGURES: dict[str, tuple[Callable[[Tensor], Tensor], Composite, tuple[int, ...], int, int]] = {
+    # The secant of tanh waits for its argument, a leaf: a path of length 0.
+    "none": (lambda x: F.linear(torch.tanh(x).flip(1) * 2.0, W), Composite("attnlrp"), (0,), 0, 4),
+    # The operand of the product, whose input is not saved, is made by two operations from what tanh saved.
+    "one": (lambda x: F.linear(torch.tanh(x).flip(1) * 2.0, W), GAMMA, (2, 0), 2, 4),
+    # Both layers share the chain to their input. Each waits for its output too, which nobody saved: one step more.
+    "shared": (
+        lambda x: F.linear(h := torch.tanh(x).flip(1).roll(1, 1), W) + F.linear(h, W), GAMMA, (3, 3, 0), 4, 6
+    ),
+    # The longest of its branches is a sum's length; where both ends meet, multipliers are made of relevance.
+    "branches": (lambda x: torch.tanh(x).flip(1).roll(1, 1) + torch.exp(x), MAGNITUDE, (2, 0, 0), 2, 5),
+    # A sum waits for the sum below it, which waits for what tanh and exp saved.
+    "nested": (lambda x: (torch.tanh(x) + torch.exp(x)) + x, MAGNITUDE, (1, 0, 0, 0), 1, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_counted_by_hand(name: str) -> None:
+    """Promises, replayed operations, the sum of path lengths and the density, as in the paper's definitions."""
+    model, composite, lengths, internal, visited = FIGURES[name]
+    x = draw(0, 2, 6).requires_grad_()
+    report = relevance(model(x), x, composite=composite).promises
+    assert sorted(report.lengths) == sorted(lengths)
+    assert (report.count, report.internal, report.visited) == (len(lengths), internal, visited)
+    assert report.delta == sum(lengths)
+    assert report.density == len(lengths) / visited
+    assert repr(report).startswith(f"{len(lengths)} promises, {internal} nodes replayed, delta {sum(lengths)}")
 
 
 # Operations made for a test ---------------------------------------------------------------------------------
@@ -190,7 +209,7 @@ def test_a_chain_of_five_thousand(counter: Counter) -> None:
     weight, x = draw(0, 2, 3), draw(1, 1, 3)
     explanation = explain(lambda x: F.linear(_chain(x, 5000), weight), x, torch.sum, composite=GAMMA)
     assert counter.calls == 5000
-    assert explanation.promises.delta >= 5000
+    assert max(explanation.promises.lengths) >= 5000
     same(explanation.relevance, explain(lambda x: F.linear(x, weight), x, torch.sum, composite=GAMMA).relevance)
 
 
@@ -221,17 +240,17 @@ def test_branches_off_a_chain_share_its_replay(counter: Counter, length: int) ->
 
 
 def test_values_are_freed_after_their_last_use(counter: Counter) -> None:
-    """On the way down a chain every replayed value goes as soon as its own step has taken it."""
+    """On the way down a chain every replayed value goes with the step that took it."""
     rule = AskOutput(counter)
     composite = Composite.of("ask", {When(name="Step1Backward"): rule})
     explanation = explain(lambda x: _chain(x, 20), draw(0, 1, 3), torch.sum, composite=composite)
     assert counter.left == 0
-    assert rule.seen == list(range(19, -1, -1))
+    assert rule.seen == list(range(20, 0, -1))
     assert explanation.promises.count >= 20
 
 
 def test_values_on_the_way_are_not_kept(counter: Counter) -> None:
-    """What nobody waits for lives only while it is replayed."""
+    """What nobody waits for lives only while it is replayed, and at work is the one operand that was asked for."""
     weight = draw(0, 2, 3)
     seen: list[int] = []
 
@@ -243,7 +262,7 @@ def test_values_on_the_way_are_not_kept(counter: Counter) -> None:
 
     composite = Composite.of("look", {"dense": Look()})
     explain(lambda x: F.linear(_chain(x, 50), weight), draw(1, 1, 3), torch.sum, composite=composite)
-    assert seen == [0]
+    assert seen == [1]
 
 
 def test_two_that_wait_for_one_value(counter: Counter) -> None:
@@ -377,3 +396,189 @@ def test_a_layer_that_is_changed_in_place_afterwards() -> None:
     z = model.layer(x).detach()
     same(explanation.layers["layer"], 2 * z.relu())
     same(explanation.layers["relu"], 2 * z.relu())
+
+
+# What changed since, or would not be the same again ----------------------------------------------------------
+
+
+def test_dropout_is_replayed_with_the_mask_that_was_drawn() -> None:
+    """The mask is saved, so the same numbers come again. No random number is drawn for it."""
+    x = draw(0, 40, 6).requires_grad_()
+    torch.manual_seed(3)
+    hidden = F.dropout(torch.tanh(x), 0.5)
+    before = torch.get_rng_state()
+    found = relevance(F.linear(hidden, W), x, composite=GAMMA).relevance
+    assert torch.equal(torch.get_rng_state(), before)
+    leaf = hidden.detach().clone().requires_grad_()
+    r = relevance(F.linear(leaf, W), leaf, composite=GAMMA).relevance
+    same(found, r)  # dropout passes relevance on, and tanh keeps it
+    assert 0.3 < float((found == 0).double().mean()) < 0.7
+
+
+DRAWS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "noise": (lambda x: x + torch.randn_like(x), "AddBackward0 adds a constant that the graph did not record"),
+    "alpha dropout": (lambda x: F.alpha_dropout(x, 0.5, True), "AddBackward0 adds a constant"),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_draw_that_is_not_saved_breaks_the_promise(name: str) -> None:
+    function, reason = DRAWS[name]
+    x = draw(0, 4, 6).requires_grad_()
+    with pytest.raises(BrokenPromiseError) as caught:
+        relevance(F.linear(function(torch.tanh(x)), W), x, composite=GAMMA)
+    for part in ("Gamma on MmBackward0 in the model needs operand 0", reason, "require grad", "attnlrp"):
+        assert part in str(caught.value)
+
+
+def test_explain_draws_the_same_in_its_second_run() -> None:
+    """The state of the generator is put back before it, so that values and graph belong together."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 3, bias=False)
+            randomise(self).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(x) + torch.randn(6))
+
+    model, x = Noisy(), draw(0, 2, 6)
+    torch.manual_seed(5)
+    explanation = explain(model, x, 1, composite=GAMMA, allow_training=True)
+    torch.manual_seed(5)
+    hidden = (torch.tanh(x) + torch.randn(6)).requires_grad_()
+    r = relevance(model.head(hidden)[:, 1], hidden, composite=GAMMA).relevance
+    same(explanation.relevance, r / hidden.detach() * torch.tanh(x), 1e-9)  # the rest belongs to the noise
+    assert explanation.ledger.closes
+
+
+def changed_result(x: Tensor) -> Tensor:
+    y = x.exp()
+    with torch.no_grad():
+        y.mul_(2.0)  # which exp saved
+    return F.linear(y.flip(1), W)
+
+
+def changed_factor(x: Tensor) -> Tensor:
+    factor = draw(7, 6)
+    y = torch.tanh(x) * factor
+    factor.mul_(2.0)  # which the product saved
+    return F.linear(y, W)
+
+
+CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], Sequence[str]]] = {
+    "result": (changed_result, ["Secant on ExpBackward0"]),
+    "factor": (changed_factor, ["Gamma on MmBackward0", "operand 0", "what MulBackward0 saved", "Shares on Mul"]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_was_changed_in_place_keeps_no_promise(name: str) -> None:
+    """An error with operation, operand and cure; by ``explain`` with the module."""
+    model, parts = CHANGES[name]
+    x = draw(0, 2, 6).requires_grad_()
+    with pytest.raises(BrokenPromiseError) as caught:
+        relevance(model(x), x, composite=GAMMA)
+    for part in (*parts, "in the model", "saved was changed in place", "out of place"):
+        assert part in str(caught.value), str(caught.value)
+    with pytest.raises(BrokenPromiseError) as caught:
+        explain(nn.Sequential(nn.Tanh(), Apply(model)), x.detach(), 1, composite=GAMMA)
+    assert "in 1" in str(caught.value)
+    assert "saved was changed in place" in str(caught.value)
+
+
+def test_another_keeper_stands_in_for_what_was_changed() -> None:
+    """The argument that the sine saved was changed, and can be recomputed all the same."""
+    x = draw(0, 2, 6).requires_grad_()
+
+    def model(x: Tensor, change: bool) -> Tensor:
+        y = x.flip(1)
+        z = F.linear(y.sin(), W)
+        if change:
+            y.detach().square_()
+        return z
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(model(x, True).sum(), x)
+    found, expected = (relevance(model(x, change), x, composite=GAMMA) for change in (True, False))
+    same(found.relevance, expected.relevance)
+
+
+# The second run ---------------------------------------------------------------------------------------------
+
+
+class Deep(nn.Module):
+    """Frozen layers with activations between that save nothing which could be recomputed; one in ten is opaque."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8, bias=False) for _ in range(depth)])
+        randomise(self).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            x = layer(x).flip(1).roll(1, 1) * 1.5
+            if number % 10 == 5:
+                x = Opaque.apply(x)
+        return x
+
+
+@pytest.fixture
+def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
+    """Every recorder of a second run."""
+    made: list[Recorder] = []
+
+    class Spied(Recorder):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(sys.modules["dynlrp.explain"], "Recorder", Spied)
+    return made
+
+
+def recorded(recorder: Recorder) -> list[Tensor]:
+    inner = [t for _, made in recorder._inner._made.values() for t in made if t is not None]
+    return [*recorder._kept.values(), *inner]
+
+
+@pytest.mark.usefixtures("opaque")
+def test_the_second_run_keeps_only_what_is_missing(recorders: list[Recorder]) -> None:
+    """Four outputs that nobody can recompute, and not the hundreds of tensors between them."""
+    model, x = Deep(40), draw(0, 2, 8)
+    frozen = explain(model, x, 1, composite=GAMMA)
+    assert len(recorders) == 1
+    assert len(recorded(recorders[0])) == 4
+    trainable = explain(model.requires_grad_(True), x, 1, composite=GAMMA)
+    assert len(recorders) == 1
+    same(frozen.relevance, trainable.relevance)
+
+
+@pytest.mark.usefixtures("opaque")
+def test_a_model_that_takes_another_way_in_its_second_run(recorders: list[Recorder]) -> None:
+    """What the first run lacked means nothing then: everything is kept."""
+    base = Deep(10)
+
+    class Fickle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.calls = base, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.base(x if self.calls < 2 else Opaque.apply(x * 0.5))
+
+    model, x = Fickle(), draw(0, 2, 8)
+    found = explain(model, x, 1, composite=GAMMA)
+    assert model.calls == 3
+    assert len(recorders) == 2
+    assert len(recorded(recorders[1])) > 30
+    same(found.relevance, explain(base, x, 1, composite=GAMMA).relevance)
+
+
+def test_nothing_is_run_again_where_recording_would_not_help(recorders: list[Recorder]) -> None:
+    bias = draw(0, 3)
+    with pytest.raises(BrokenPromiseError, match="did not record this constant"):
+        explain(lambda x: F.linear(x, W, bias), draw(1, 2, 6), 1, composite=GAMMA)
+    assert recorders == []
