@@ -157,12 +157,15 @@ def test_twenty_thousand_operations_are_laid_out_in_time() -> None:
         graph = chain(length, 40)
         for index in range(0, length, 2):  # as wide as it is long
             graph.remove_edges_from([*graph.in_edges(index)])
-        start = time.process_time()
-        assert len(layout(folded(graph, 9))) == length
-        assert depth_for(graph) == 2
-        times.append(time.process_time() - start)
+        tries = []
+        for _ in range(3):  # the shortest is least disturbed
+            start = time.process_time()
+            assert len(layout(folded(graph, 9))) == length
+            assert depth_for(graph) == 2
+            tries.append(time.process_time() - start)
+        times.append(min(tries))
     assert times[1] < 5
-    assert times[1] < 10 * times[0]
+    assert times[1] < 12 * times[0]  # 4 for four times the nodes, and 16 if it were the square
 
 
 def test_svg() -> None:
