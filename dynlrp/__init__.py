@@ -3,6 +3,7 @@
 from dynlrp import rules
 from dynlrp._version import __version__
 from dynlrp.composite import COMPOSITES, Composite, When, epsilon_gamma_box
+from dynlrp.condition import Part
 from dynlrp.errors import (
     BrokenPromiseError,
     CompiledModuleError,
@@ -16,15 +17,17 @@ from dynlrp.errors import (
     TrainingModeError,
     UnknownOperationError,
 )
-from dynlrp.explain import explain, relevance
+from dynlrp.explain import explain, explain_many, relevance
 from dynlrp.explanation import Explanation
 from dynlrp.ledger import Ledger
+from dynlrp.target import Contrast
 
 __all__ = [
     "COMPOSITES",
     "BrokenPromiseError",
     "CompiledModuleError",
     "Composite",
+    "Contrast",
     "DynLRPError",
     "Explanation",
     "FreedGraphError",
@@ -32,6 +35,7 @@ __all__ = [
     "Ledger",
     "NoPathError",
     "NonFiniteError",
+    "Part",
     "RuleError",
     "TargetError",
     "TrainingModeError",
@@ -40,6 +44,7 @@ __all__ = [
     "__version__",
     "epsilon_gamma_box",
     "explain",
+    "explain_many",
     "relevance",
     "rules",
 ]
