@@ -2,6 +2,7 @@
 
 from dynlrp import rules
 from dynlrp._version import __version__
+from dynlrp.bilrp import Interaction, bilrp
 from dynlrp.composite import COMPOSITES, Composite, When, epsilon_gamma_box
 from dynlrp.condition import Part
 from dynlrp.errors import (
@@ -32,6 +33,7 @@ __all__ = [
     "Explanation",
     "FreedGraphError",
     "InputError",
+    "Interaction",
     "Ledger",
     "NoPathError",
     "NonFiniteError",
@@ -42,6 +44,7 @@ __all__ = [
     "UnknownOperationError",
     "When",
     "__version__",
+    "bilrp",
     "epsilon_gamma_box",
     "explain",
     "explain_many",
