@@ -20,6 +20,7 @@ from dynlrp.errors import (
 )
 from dynlrp.explain import explain, explain_many, relevance
 from dynlrp.explanation import Explanation
+from dynlrp.generation import Generation, explain_generation
 from dynlrp.ledger import Ledger
 from dynlrp.target import Contrast
 
@@ -32,6 +33,7 @@ __all__ = [
     "DynLRPError",
     "Explanation",
     "FreedGraphError",
+    "Generation",
     "InputError",
     "Interaction",
     "Ledger",
@@ -47,6 +49,7 @@ __all__ = [
     "bilrp",
     "epsilon_gamma_box",
     "explain",
+    "explain_generation",
     "explain_many",
     "relevance",
     "rules",
