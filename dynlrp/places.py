@@ -72,7 +72,7 @@ def attention(graph: Graph, path: Callable[[int], str], batch: int) -> Iterator[
         runs = index
         if operation.family == "attention":
             found = _fused(graph, index)
-        elif operation.family == "softmax" and "attention" in played.get(index, NO_ROLE).names:
+        elif "attention" in played.get(index, NO_ROLE).names and not _factors(graph, index):
             user = users.get(Edge(index, 0))
             runs = index if user is None else user[0]  # a softmax may be a module of its own
             found = _written_out(graph, index, user, batch)

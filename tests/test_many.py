@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from dynlrp import (
     COMPOSITES,
+    Composite,
     Contrast,
     DynLRPError,
     InputError,
     NonFiniteError,
     TargetError,
+    When,
     explain,
     explain_many,
     rules,
@@ -226,6 +228,27 @@ def test_operators(part: int) -> None:
         if 1 in sizes:
             apart.add(name)
     assert apart <= {"as_strided_scatter", "to_sparse"}
+
+
+@pytest.mark.parametrize("rule", [rules.VJP(), rules.Taylor(), Composite.of("inner", {"dense": rules.ZPlus()})])
+def test_modules_that_are_one_step(rule: Any) -> None:
+    """Also of targets that are graphs of their own, which share the module's call."""
+    model = peers.randomise(
+        nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 6)), nn.Linear(6, 3)), 3
+    )
+    model.double()
+    composite = Composite.of("steps", {When(module="1"): rule})
+    targets: list[Any] = [0, 2, lambda y: y[:, 0] * 2, lambda y: y[:, 1]]
+    conditions = [{"0": [1, 2]}]
+    x = oracle.draw(0, 3, 4)
+    many = explain_many(model, x, targets, conditions=conditions, composite=composite, layers="1")
+    for target, found in zip(targets, many, strict=True):
+        alone = explain(model, x, target, condition=conditions[0], composite=composite, layers="1")
+        same(found, alone, 1e-12)
+        close(found.layers["1"], alone.layers["1"], 1e-12)
+    composite_of_gradient = Composite.of("step", {When(module="1"): rules.VJP()})
+    with pytest.raises(InputError, match="runs inside '1'"):
+        explain(model, x, 0, composite=composite_of_gradient, condition={"1.0:input": [0]})
 
 
 def test_targets_of_every_kind() -> None:

@@ -36,6 +36,11 @@ class Heads(nn.Module):
         elif self.way == "merged":
             q, k, v = (t.reshape(batch * 3, length, 2) for t in (q, k, v))
             o = nn.Softmax(-1)(torch.bmm(q / 2**0.5, k.mT)) @ v
+        elif self.way == "by hand":
+            powers = ((q @ k.mT) / 2**0.5).exp()
+            weights = powers / powers.sum(-1, keepdim=True)
+            o = weights @ v
+            self.kept["weights"] = weights
         else:
             weights = ((q @ k.mT) / 2**0.5).softmax(-1)
             self.kept["weights"] = weights
@@ -62,11 +67,11 @@ def net(way: str) -> Net:
 
 
 @pytest.mark.parametrize("composite", COMPOSITES)
-@pytest.mark.parametrize("way", ["fused", "einsum", "merged", "plain"])
+@pytest.mark.parametrize("way", ["fused", "einsum", "merged", "by hand", "plain"])
 def test_attention_in_every_way_of_writing_it(way: str, composite: str) -> None:
     """The relevance is that of the tensors themselves, kept by the module."""
     model = net(way)
-    kinds = KINDS if way != "plain" else (*KINDS, "weights")
+    kinds = (*KINDS, "weights") if way in ("by hand", "plain") else KINDS
     found = explain(model, X, 2, composite=composite, layers=[f"att*:{kind}" for kind in kinds])
     x = X.clone().requires_grad_()
     score = model(x)[:, 2]
