@@ -6,7 +6,7 @@ import operator
 import random
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -314,7 +314,7 @@ class Everything:
 
 
 EVERYTHING = Everything()
-Wanted = Everything | Mapping[tuple[int, int], Any]
+Wanted = Everything | Set[tuple[int, int]]
 """Tensors, by the number of their node since the recording began, and the number of the output."""
 
 

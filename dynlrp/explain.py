@@ -18,7 +18,6 @@ from dynlrp.capture import (
     EVERYTHING,
     Aliases,
     Call,
-    Everything,
     Recorder,
     Recording,
     Wanted,
@@ -185,21 +184,19 @@ def explanations(
         wide,
     )  # fmt: skip
     done: set[int] = set()
-    missing: Missing | None = None
+    record: Wanted | None = None
     while True:
         with same_state(buffers, allow_training):
-            runs = request.forward(None if missing is None else missing.wanted)
-        if missing is None or missing.fits(runs):
-            final = missing is not None and missing.wanted is EVERYTHING
-            for number, explanation in _explained(runs, chunk, done, final):
-                if not explanation.finite():
-                    with same_state(buffers, allow_training=True):
-                        request.diagnose(number)
-                done.add(number)
-                yield number, explanation
-            if len(done) == sum(len(numbers) for _, numbers in runs):
-                return
-        missing = Missing.of(runs) if missing is None else Missing(EVERYTHING)
+            runs = request.forward(record)
+        for number, explanation in _explained(runs, chunk, done, record is EVERYTHING):
+            if not explanation.finite():
+                with same_state(buffers, allow_training=True):
+                    request.diagnose(number)
+            done.add(number)
+            yield number, explanation
+        if len(done) == sum(len(numbers) for _, numbers in runs):
+            return
+        record = _lacking(runs) if record is None else EVERYTHING
         del runs  # their graph
 
 
@@ -295,35 +292,14 @@ def _names(names: Names) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-@dataclass(frozen=True)
-class Missing:
-    """What a second run of the model must record."""
-
-    wanted: Wanted
-    names: tuple[str, ...] = ()
-    """Of the graph in the first run."""
-
-    @classmethod
-    def of(cls, runs: Sequence[tuple[_Run, list[int]]]) -> Missing:
-        """What the promises of a run lacked. Two runs of a model number their operations in the same way."""
-        lacking = [run for run, _ in runs if run.missing]
-        if len(lacking) != 1:  # several graphs, with numbers of their own
-            return cls(EVERYTHING)
-        (run,) = lacking
-        assert run.recording is not None
-        start = run.recording.start
-        return cls({(number - start, edge.output): edge.node for edge, number in run.missing.items()}, run.graph.names)
-
-    def fits(self, runs: Sequence[tuple[_Run, list[int]]]) -> bool:
-        """Whether a run has the same operations with the same numbers."""
-        return isinstance(self.wanted, Everything) or any(self._fits(run, self.wanted) for run, _ in runs)
-
-    def _fits(self, run: _Run, wanted: Mapping[tuple[int, int], int]) -> bool:
-        assert run.recording is not None
-        nodes, start = run.graph.nodes, run.recording.start
-        return run.graph.names == self.names and all(
-            nodes[index]._sequence_nr() - start == number for (number, _), index in wanted.items()
-        )
+def _lacking(runs: Sequence[tuple[_Run, list[int]]]) -> Wanted:
+    """What the promises of a run lacked. Two runs of a model number their operations in the same way, or lack more."""
+    lacking = [run for run, _ in runs if run.missing]
+    if len(lacking) != 1:  # several graphs, with numbers of their own
+        return EVERYTHING
+    (run,) = lacking
+    assert run.recording is not None
+    return {(number - run.recording.start, edge.output) for edge, number in run.missing.items()}
 
 
 class _Run:
