@@ -2,7 +2,9 @@
 
 from dynlrp import rules
 from dynlrp._version import __version__
+from dynlrp.bilrp import Interaction, bilrp
 from dynlrp.composite import COMPOSITES, Composite, When, epsilon_gamma_box
+from dynlrp.condition import Part
 from dynlrp.coverage import Coverage, coverage
 from dynlrp.errors import (
     BrokenPromiseError,
@@ -17,32 +19,41 @@ from dynlrp.errors import (
     TrainingModeError,
     UnknownOperationError,
 )
-from dynlrp.explain import explain, relevance
+from dynlrp.explain import explain, explain_many, relevance
 from dynlrp.explanation import Explanation
+from dynlrp.generation import Generation, explain_generation
 from dynlrp.ledger import Ledger
+from dynlrp.target import Contrast
 
 __all__ = [
     "COMPOSITES",
     "BrokenPromiseError",
     "CompiledModuleError",
     "Composite",
+    "Contrast",
     "Coverage",
     "DynLRPError",
     "Explanation",
     "FreedGraphError",
+    "Generation",
     "InputError",
+    "Interaction",
     "Ledger",
     "NoPathError",
     "NonFiniteError",
+    "Part",
     "RuleError",
     "TargetError",
     "TrainingModeError",
     "UnknownOperationError",
     "When",
     "__version__",
+    "bilrp",
     "coverage",
     "epsilon_gamma_box",
     "explain",
+    "explain_generation",
+    "explain_many",
     "relevance",
     "rules",
 ]

@@ -6,7 +6,7 @@ import operator
 import random
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynlrp.composite import Composite, When, innermost
 from dynlrp.errors import CompiledModuleError, InputError, TrainingModeError
+from dynlrp.places import parse
 
 Buffer = tuple[nn.Module, str, Tensor]
 """A buffer with the module that owns it."""
@@ -98,7 +99,8 @@ class Recording:
         self._running: Frame | None = None
         self._events: list[tuple[int, Frame | None]] = []
         """Sequence number and what ran from there on, at every entry and exit of a module."""
-        self._wanted = self._select(layers)
+        self._outputs = self._select(layers, "output")
+        self._inputs = self._select(layers, "input")
         self._names: dict[int, str] | None = None
         self._open: _Open | None = None
         """The module that runs as one step."""
@@ -108,7 +110,7 @@ class Recording:
         self.matched: set[When] = set()
         """Entries of the composite for whole modules that met one."""
         self.outputs: dict[str, list[tuple[Any, int, Tensor, int]]] = {}
-        """Per requested layer and call: node and number of the output, its value, and the version of that value."""
+        """Per requested tensor and call: its node and number there, its value, and the version of that value."""
 
     def names(self) -> dict[int, str]:
         """Module path by ``id``."""
@@ -134,7 +136,7 @@ class Recording:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Follow the modules that this thread runs."""
-        thread, events, wanted = threading.get_ident(), self._events, self._wanted
+        thread, events, wanted = threading.get_ident(), self._events, self._outputs
         self.start = _sequence()
         buried: list[tuple[str, str]] = []
 
@@ -152,18 +154,29 @@ class Recording:
                 return
             if self._open is not None and self._depth:
                 self._depth -= 1
-                buried.extend((name, self._open.modules[-1]) for name in wanted.get(id(module), ()))
+                buried.extend((name, self._open.modules[-1]) for name in wanted.get(id(module), (module, ()))[1])
                 return
             self._running = None if self._running is None else self._running.caller
             events.append((_sequence(), self._running))
-            for name in wanted.get(id(module), ()):
+            for name in wanted.get(id(module), (module, ()))[1]:
                 self._keep(name, output)
+
+        def given(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if threading.get_ident() != thread:
+                return
+            for name in self._inputs[id(module)][1]:
+                if self._open is not None and self._depth:
+                    buried.append((name, self._open.modules[-1]))
+                else:
+                    self._keep(name, (args, kwargs))
 
         with ExitStack() as stack:
             stack.callback(hooks.register_module_forward_pre_hook(enter).remove)
             stack.callback(hooks.register_module_forward_hook(leave, always_call=True).remove)
             if self._composite.modules:
                 self._watch_steps(stack, thread)
+            for module, _ in self._inputs.values():  # hooks for all modules are not told of keyword arguments
+                stack.callback(module.register_forward_pre_hook(given, with_kwargs=True).remove)
             yield
         for layer, path in buried:
             raise InputError(
@@ -206,15 +219,18 @@ class Recording:
         return tuple(reversed(paths))
 
     def requested(self) -> list[str]:
-        """Names of the requested modules, whether they ran or not."""
-        return [name for names in self._wanted.values() for name in names]
+        """Names of the requested tensors, whether their modules ran or not."""
+        return [name for wanted in (self._outputs, self._inputs) for _, names in wanted.values() for name in names]
 
-    def _select(self, layers: Sequence[str]) -> dict[int, list[str]]:
-        """Names of the requested modules by ``id``; a shared module may have several."""
-        wanted: dict[int, list[str]] = {}
+    def _select(self, layers: Sequence[str], kind: str) -> dict[int, tuple[nn.Module, list[str]]]:
+        """Modules of which a kind of tensor is requested, by ``id``, and its names; a shared one may have several."""
+        wanted: dict[int, tuple[nn.Module, list[str]]] = {}
         if layers and not isinstance(self._model, nn.Module):
             raise InputError("layers= needs an nn.Module")
-        for pattern in layers:
+        for whole in layers:
+            pattern, of = parse(whole)
+            if of != kind:
+                continue
             everything = list(self._model.named_modules(remove_duplicate=False))
             found = [(name, module) for name, module in everything if fnmatchcase(name, pattern)]
             if not found:
@@ -222,14 +238,16 @@ class Recording:
                     f"no module is called {pattern!r}; the model has {[n for n, _ in everything[1:9]]} ..."
                 )
             for name, module in found:
-                names = wanted.setdefault(id(module), [])
+                name = name if kind == "output" else f"{name}:{kind}"
+                names = wanted.setdefault(id(module), (module, []))[1]
                 if name not in names:
                     names.append(name)
         return wanted
 
     def _keep(self, name: str, output: Any) -> None:
-        tensor = next((t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()), None)
-        if tensor is None or not tensor.requires_grad:
+        tensors = (t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
+        tensor = next((t for t in tensors if t.requires_grad), None)
+        if tensor is None:
             return
         node, number = get_gradient_edge(tensor)[:2]
         value = tensor.detach()
@@ -296,7 +314,7 @@ class Everything:
 
 
 EVERYTHING = Everything()
-Wanted = Everything | Mapping[tuple[int, int], Any]
+Wanted = Everything | Set[tuple[int, int]]
 """Tensors, by the number of their node since the recording began, and the number of the output."""
 
 

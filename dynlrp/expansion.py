@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.graph import get_gradient_edge
 
 from dynlrp.capture import Recorder
@@ -65,7 +66,7 @@ class Expander:
         results: list[Tensor | None] = [None] * len(values)
         self.paths.runs_again(step.node._sequence_nr())
         recorder = Recorder()
-        with torch.enable_grad():
+        with torch.enable_grad(), temporarily_clear_interpreter_stack():  # multipliers of many targets are vmapped
             leaves = [_leaf(value) for value in values]
             with recorder:
                 made = function(step, *leaves)
@@ -73,10 +74,9 @@ class Expander:
                 pairs = [(y, g) for y, g in zip(outputs, grads, strict=False) if y is not None and g is not None]
                 if not pairs:
                     return results
-                root, start = pairs[0]
-                if len(pairs) > 1:  # several roots are one after a concatenation
-                    root = torch.cat([y.reshape(-1) for y, _ in pairs])
-                    start = torch.cat([g.reshape(-1) for _, g in pairs])
+                # Several roots are one after a concatenation.
+                root = pairs[0][0] if len(pairs) == 1 else torch.cat([y.reshape(-1) for y, _ in pairs])
+        start = pairs[0][1] if len(pairs) == 1 else torch.cat([g.reshape(-1) for _, g in pairs])
         if not root.requires_grad:
             step.book("held back", dot(start, root))
             return results

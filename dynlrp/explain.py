@@ -1,11 +1,12 @@
-"""The two ways in: :func:`explain` runs a model, :func:`relevance` takes a graph that already exists."""
+"""The ways in: :func:`explain` and :func:`explain_many` run a model, :func:`relevance` takes a graph that exists."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from dynlrp.capture import (
     EVERYTHING,
     Aliases,
-    Everything,
+    Call,
     Recorder,
     Recording,
     Wanted,
@@ -27,12 +28,14 @@ from dynlrp.capture import (
     survey,
 )
 from dynlrp.composite import Composite, composite_named, innermost
+from dynlrp.condition import Condition, channel_axis, mask
 from dynlrp.errors import (
     BrokenPromiseError,
     FreedGraphError,
     InputError,
     NonFiniteError,
     NoPathError,
+    RuleError,
     TargetError,
     UnknownOperationError,
 )
@@ -40,16 +43,23 @@ from dynlrp.expansion import Expander, Paths
 from dynlrp.explanation import Explanation
 from dynlrp.graph import CHANGED, FREED, Edge, Graph, Node, Structure, saved
 from dynlrp.ledger import Ledger
+from dynlrp.places import ATTENTION, Tap, attention, parse
 from dynlrp.plan import Plan, StepPlan, UnknownNodes, make_plan
 from dynlrp.precision import Wide
 from dynlrp.promise import Operands, Promises
 from dynlrp.rules.operation import REGISTRY, product
 from dynlrp.submodule import Gathered
-from dynlrp.target import Seed, Target, find_output, make_seed
+from dynlrp.target import Seed, Target, all_targets, find_output, make_seed
 from dynlrp.walk import Walk
 
 Names = str | Iterable[str]
 OnUnknown = Literal["error", "gradient"]
+
+aten: Any = torch.ops.aten
+functorch: Any = torch._C._functorch
+
+MEMORY = 2**30
+"""Bytes that the multipliers of one pass over many targets may take, roughly."""
 
 
 def explain(
@@ -60,6 +70,7 @@ def explain(
     composite: str | Composite = "auto",
     layers: Names = (),
     parameters: Names = (),
+    condition: Condition | None = None,
     output: str | int | None = None,
     precision: torch.dtype | None = None,
     on_unknown: OnUnknown = "error",
@@ -79,10 +90,16 @@ def explain(
         target: what to explain of an output of shape ``(batch, ...)``: None, the largest output of each sample; an
             int, or one per sample; an index tuple such as ``(position, token)``, or a list of one per sample; a
             floating point tensor of the output's shape, the initial relevance; a function from the output to one
-            number per sample.
+            number per sample; a :class:`Contrast` of two outputs.
         composite: which rules, as a name in ``dynlrp.COMPOSITES`` or a :class:`Composite`.
-        layers: names or globs of modules whose output relevance is wanted, in ``explanation.layers``.
-        parameters: the same for parameters, in ``explanation.parameters``.
+        layers: names or globs of modules whose output's relevance is wanted, in ``explanation.layers``.
+            ``"name:input"`` is what the module was given, with all that uses it; ``:query``, ``:key``, ``:value``,
+            ``:weights`` and ``:heads`` (the output of each head) are what attention in that module makes, ``(batch,
+            heads, ...)``.
+        parameters: names or globs of parameters, for ``explanation.parameters``; relevance is summed over all uses. A
+            glob finds a tied parameter once, by its first name.
+        condition: what relevance may pass through, by name as in ``layers``: channel numbers, a :class:`Part`, several
+            of them, or a mask. The rest is held back, as the ledger shows (Achtibat et al. 2023).
         output: which entry of a structured output, by key, attribute or position. By default ``logits``, else the
             first floating point tensor.
         precision: ``torch.float32`` or ``torch.float64``, where relevance shall be computed in at least this dtype,
@@ -93,32 +110,117 @@ def explain(
     Raises:
         DynLRPError: one of its subclasses, saying what is wrong, where, and the cure.
     """
+    (explanation,) = explain_many(
+        model, inputs, [target], conditions=[condition or {}], composite=composite, layers=layers,
+        parameters=parameters, output=output, precision=precision, on_unknown=on_unknown,
+        allow_training=allow_training,
+    )  # fmt: skip
+    return explanation
+
+
+def explain_many(
+    model: Callable[..., Any],
+    inputs: Any,
+    targets: Iterable[Target] | Literal["all"] = (None,),
+    *,
+    conditions: Iterable[Condition] = ({},),
+    chunk: int | None = None,
+    composite: str | Composite = "auto",
+    layers: Names = (),
+    parameters: Names = (),
+    output: str | int | None = None,
+    precision: torch.dtype | None = None,
+    on_unknown: OnUnknown = "error",
+    allow_training: bool = False,
+) -> list[Explanation]:
+    """Explain many outputs of a model, or one under many conditions, from one forward pass.
+
+    Targets and conditions are paired; one alone goes with all of the others. Multipliers get a dimension for the
+    pairs, so that one traversal of the graph serves ``chunk`` of them; each gets what :func:`explain` gives it alone.
+    Targets that are functions are graphs of their own and take a traversal each, as do graphs with an operation that
+    cannot take several multipliers at once.
+
+    Args:
+        targets: each as in :func:`explain`; ``"all"`` for every output of a sample.
+        conditions: each as in :func:`explain`; ``{}`` for none.
+        chunk: pairs per traversal; by default as many as some 1 GiB holds multipliers for.
+
+    Returns:
+        An explanation per pair. Other arguments and errors are those of :func:`explain`.
+    """
+    found = dict(
+        explanations(
+            model, inputs, targets, conditions=conditions, chunk=chunk, composite=composite, layers=layers,
+            parameters=parameters, output=output, precision=precision, on_unknown=on_unknown,
+            allow_training=allow_training,
+        )
+    )  # fmt: skip
+    return [found[number] for number in sorted(found)]
+
+
+def explanations(
+    model: Callable[..., Any],
+    inputs: Any,
+    targets: Iterable[Target] | Literal["all"],
+    *,
+    conditions: Iterable[Condition] = ({},),
+    chunk: int | None = None,
+    composite: str | Composite = "auto",
+    layers: Names = (),
+    parameters: Names = (),
+    output: str | int | None = None,
+    precision: torch.dtype | None = None,
+    on_unknown: OnUnknown = "error",
+    allow_training: bool = False,
+) -> Iterator[tuple[int, Explanation]]:
+    """The explanations of :func:`explain_many` one by one, each with the number of its pair, as they are ready."""
     rules = composite_named(composite)
     _check(on_unknown)
+    if chunk is not None and chunk < 1:
+        raise InputError(f"chunk must be positive, not {chunk}")
     frozen, buffers = survey(model, allow_training)
     wide = None if precision is None else Wide(precision)
+    asked = targets if targets == "all" else list(targets)
     request = _Request(
-        model, inputs, target, rules, _names(layers), _names(parameters), output, on_unknown, frozen, wide
-    )
-    missing: Missing | None = None
+        model, inputs, asked, list(conditions), rules, _names(layers), _names(parameters), output, on_unknown, frozen,
+        wide,
+    )  # fmt: skip
+    done: set[int] = set()
+    record: Wanted | None = None
     while True:
         with same_state(buffers, allow_training):
-            run = request.forward(None if missing is None else missing.wanted)
-        if missing is None or missing.fits(run):
-            final = missing is not None and missing.wanted is EVERYTHING
+            runs = request.forward(record)
+        for number, explanation in _explained(runs, chunk, done, record is EVERYTHING):
+            if not explanation.finite():
+                with same_state(buffers, allow_training=True):
+                    request.diagnose(number)
+            done.add(number)
+            yield number, explanation
+        if len(done) == sum(len(numbers) for _, numbers in runs):
+            return
+        record = _lacking(runs) if record is None else EVERYTHING
+        del runs  # their graph
+
+
+def _explained(
+    runs: Sequence[tuple[_Run, list[int]]], chunk: int | None, done: Set[int], final: bool
+) -> Iterator[tuple[int, Explanation]]:
+    """What ``runs`` explain and is not yet ``done``; stops where a value is missing that another run could record,
+    unless this is the ``final`` one."""
+    for run, numbers in runs:
+        places = [place for place, number in enumerate(numbers) if number not in done]
+        size = chunk or run.room()
+        for first in range(0, len(places), size):
+            some = places[first : first + size]
             try:
-                explanation = run.explain(check=False)
-                if not explanation.ledger.unresolved or not run.missing or final:
-                    break
+                found = run.explain(some)
             except BrokenPromiseError:
-                if not run.missing or final:
+                if final or not run.missing:
                     raise
-        missing = Missing.of(run) if missing is None else Missing(EVERYTHING)
-        del run  # its graph
-    if not explanation.finite():
-        with same_state(buffers, allow_training=True):
-            request.diagnose()
-    return explanation
+                return
+            if run.missing and not final and any(explanation.ledger.unresolved for explanation in found):
+                return
+            yield from zip([numbers[place] for place in some], found, strict=True)
 
 
 def relevance(
@@ -162,15 +264,15 @@ def relevance(
         seed = make_seed(output, initial)
     else:
         raise InputError("initial must be a floating point tensor of the output's shape")
-    run = _Run(seed, rules, on_unknown, release=False)
+    run = _Run([seed], rules, on_unknown, release=False)
     for number, tensor in enumerate(tensors):
         if isinstance(tensor, nn.Parameter):
             run.observe(str(number), tensor)
         else:
             run.want(*get_gradient_edge(tensor)[:2], tensor.detach())
-    explanation = run.explain(check=False)
+    (explanation,) = run.explain([0])
     if not explanation.finite():
-        run.explain(check=True)
+        run.explain([0], check=True)
         raise NonFiniteError("relevance is not finite")
     attributed = iter(explanation.relevance)
     found = [
@@ -197,22 +299,23 @@ def settle(
     Operations without a rule are no error: their steps are marked as fallbacks.
     """
     frozen, buffers = survey(model, allow_training)
-    request = _Request(model, inputs, target, composite_named(composite), (), (), output, "gradient", frozen, None)
+    rules = composite_named(composite)
+    request = _Request(model, inputs, [target], [{}], rules, (), (), output, "gradient", frozen, None)
     fake = active_fake_mode() is not None  # draws nothing, and the model is a copy
-    missing: Missing | None = None
-    for runs in range(1, 4):
+    record: Wanted | None = None
+    for count in range(1, 4):
         with nullcontext() if fake else same_state(buffers, allow_training):
-            run = request.forward(None if missing is None else missing.wanted, release=False)
-        if missing is None or missing.fits(run):
-            final = missing is not None and missing.wanted is EVERYTHING
-            try:
-                settled = run.settle(check=False)
-                if not settled.ledger.unresolved or not run.missing or final:
-                    return settled, runs
-            except BrokenPromiseError:
-                if not run.missing or final:
-                    raise
-        missing = Missing.of(run) if missing is None else Missing(EVERYTHING)
+            runs = request.forward(record, release=False)
+        ((run, _),) = runs
+        final = record is EVERYTHING
+        try:
+            settled = run.settle({})
+            if not settled.ledger.unresolved or not run.missing or final:
+                return settled, count
+        except BrokenPromiseError:
+            if not run.missing or final:
+                raise
+        record = _lacking(runs) if record is None else EVERYTHING
     raise AssertionError("the last run records everything")
 
 
@@ -249,30 +352,14 @@ class Settled(NamedTuple):
         return {index: fact for (index, _), fact in zip(skeleton.telling, self.structure.facts, strict=True)}
 
 
-@dataclass(frozen=True)
-class Missing:
-    """What a second run of the model must record."""
-
-    wanted: Wanted
-    names: tuple[str, ...] = ()
-    """Of the first run's graph."""
-
-    @classmethod
-    def of(cls, run: _Run) -> Missing:
-        """What the promises of ``run`` lacked. Two runs of a model number their operations in the same way."""
-        assert run.recording is not None
-        start = run.recording.start
-        return cls({(number - start, edge.output): edge.node for edge, number in run.missing.items()}, run.graph.names)
-
-    def fits(self, run: _Run) -> bool:
-        """Whether ``run`` has the same operations with the same numbers."""
-        if isinstance(self.wanted, Everything):
-            return True
-        assert run.recording is not None
-        nodes, start = run.graph.nodes, run.recording.start
-        return run.graph.names == self.names and all(
-            nodes[index]._sequence_nr() - start == number for (number, _), index in self.wanted.items()
-        )
+def _lacking(runs: Sequence[tuple[_Run, list[int]]]) -> Wanted:
+    """What the promises of a run lacked. Two runs of a model number their operations in the same way, or lack more."""
+    lacking = [run for run, _ in runs if run.missing]
+    if len(lacking) != 1:  # several graphs, with numbers of their own
+        return EVERYTHING
+    (run,) = lacking
+    assert run.recording is not None
+    return {(number - run.recording.start, edge.output) for edge, number in run.missing.items()}
 
 
 class _Run:
@@ -280,19 +367,29 @@ class _Run:
 
     def __init__(
         self,
-        seed: Seed,
+        seeds: Sequence[Seed],
         composite: Composite,
         on_unknown: OnUnknown,
         release: bool,
         recording: Recording | None = None,
+        calls: Sequence[Call] = (),
         wide: Wide | None = None,
     ) -> None:
-        node, number = get_gradient_edge(seed.root)[:2]
-        calls = recording.take_calls() if recording is not None else []
+        """``seeds`` start from one tensor; ``calls`` are those of modules that are one step each."""
+        node, number = get_gradient_edge(seeds[0].root)[:2]
         self.graph = Gathered(node, calls) if calls else Graph(node)
         root = self.graph.edge(node, number)
         assert root is not None
-        self.root, self.start, self.value, self.seeded = root, seed.start, seed.value, seed.relevance
+        self.root, self.seeded = root, seeds[0].relevance
+        self.starts = [seed.start for seed in seeds]
+        self.values = [seed.value for seed in seeds]
+        self.conditions: list[dict[Edge, Tensor]] = [{} for _ in seeds]
+        """Masks by the tensor they are for, for each seed."""
+        self.axes: dict[str, int] = {}
+        self.structure: Structure | None = None
+        self.plan: Plan | None = None
+        self.alone = False
+        """Some operation cannot take the multipliers of several seeds at once."""
         self.composite, self.on_unknown, self.release = composite, on_unknown, release
         self.recording = recording
         self._running: Callable[[int], tuple[str, ...]] = lambda sequence: ()
@@ -301,7 +398,7 @@ class _Run:
             self._running = recording.modules
         self.wide = wide
         if wide is not None:
-            self.start = wide.cast(self.start)
+            self.starts = [wide.cast(start) for start in self.starts]
         self.aliases: Aliases | None = None
         self.wanted: list[tuple[Edge | None, Rows | None]] = []
         """One entry per source: its edge, and how ids read their embedding's relevance."""
@@ -309,11 +406,11 @@ class _Run:
         """Positions in ``wanted`` per result."""
         self.shapes: list[torch.Size] = []
         self.captured: dict[Edge, tuple[Tensor, int]] = self.graph.values()
-        self.captured[root] = (seed.root.detach(), seed.root._version)
+        self.captured[root] = (seeds[0].root.detach(), seeds[0].root._version)
         self.recorded: list[tuple[Node, int, Tensor]] = []
         self.missing: dict[Edge, int] = {}
         """Tensors whose values nobody keeps, with the number of their node."""
-        self.taps: dict[str, list[Edge | None]] = {}
+        self.taps: dict[str, list[Tap | None]] = {}
         self.leaves: dict[str, Edge | None] = {}
         self.rebuild: Callable[[list[Tensor | None]], Any] = lambda values: values
 
@@ -379,11 +476,49 @@ class _Run:
         return len(self.wanted) - 1
 
     def tap(self, name: str, node: Node, number: int, value: Tensor, version: int) -> None:
-        """Ask for the relevance of a layer's output on the way."""
+        """Ask for the relevance of a tensor on the way."""
         edge = self.graph.edge(node, number)
-        self.taps.setdefault(name, []).append(edge)
+        shape = tuple(value.shape)
+        self.taps.setdefault(name, []).append(None if edge is None else Tap(edge, shape, shape))
         if edge is not None and edge not in self.captured:
             self.captured[edge] = (value, version)
+
+    def tap_attention(self, patterns: Sequence[tuple[str, str]]) -> None:
+        """Ask for what attention makes, by glob of the module and kind."""
+        assert self.recording is not None
+        found = list(attention(self.graph, self.recording.path, len(self.values[0])))
+        for glob, kind in patterns:
+            fits = [
+                (f"{path}:{kind}", tap) for path, of, tap in found if of == kind and fnmatch.fnmatchcase(path, glob)
+            ]
+            if not fits:
+                there = list(dict.fromkeys(f"{path}:{of}" for path, of, _ in found))
+                raise InputError(
+                    f"no attention makes {glob + ':' + kind!r}; there are {there[:10] or 'none at all'}"
+                    + (" (a fused kernel makes no weights)" if kind == "weights" else "")
+                )
+            for name, tap in dict.fromkeys(fits):
+                if tap not in self.taps.setdefault(name, []):
+                    self.taps[name].append(tap)
+
+    def place(self, conditions: Sequence[Condition]) -> None:
+        """Find the channels of tapped tensors, and make the masks of every seed's condition."""
+        for name, taps in self.taps.items():
+            self.axes.update((name, self._axis(tap)) for tap in taps[:1] if tap is not None)
+        for condition, masks in zip(conditions, self.conditions, strict=True):
+            for pattern, selection in condition.items():
+                glob, kind = parse(pattern)
+                names = [n for n in self.taps if parse(n)[1] == kind and fnmatch.fnmatchcase(parse(n)[0], glob)]
+                found = [(name, tap) for name in names for tap in self.taps[name] if tap is not None]
+                if not found:
+                    raise InputError(f"the condition on {pattern!r} cannot hold: no relevance passes through it")
+                for name, tap in found:
+                    chosen = tap.place(mask(selection, tap.shape, self._axis(tap), name))
+                    chosen = chosen.to(self.graph.nodes[tap.edge.node]._input_metadata[tap.edge.output].device)
+                    masks[tap.edge] = chosen if tap.edge not in masks else masks[tap.edge] * chosen
+
+    def _axis(self, tap: Tap) -> int:
+        return channel_axis(self.graph, tap.edge, tap.shape) if tap.axis is None else tap.axis
 
     def keep(self, recorder: Recorder) -> None:
         """Values of tensors, for promises."""
@@ -405,12 +540,12 @@ class _Run:
                     )
             self.leaves[name] = self.graph.edge(node, number)
 
-    def explain(self, check: bool) -> Explanation:
-        """One pass."""
+    def explain(self, numbers: Sequence[int], check: bool = False) -> list[Explanation]:
+        """The explanations of some seeds, in one pass where that can be."""
         try:
             again = self.aliases if self.aliases is not None and self.aliases.reruns else nullcontext()
-            with torch.no_grad(), torch.autocast(self.start.device.type, enabled=False), again:
-                return self._explain(check)
+            with torch.no_grad(), torch.autocast(self.starts[0].device.type, enabled=False), again:
+                return self._together(numbers, check)
         except RuntimeError as error:
             if CHANGED in str(error):
                 raise BrokenPromiseError(f"a tensor that the graph saved was changed in place: {error}") from error
@@ -421,67 +556,127 @@ class _Run:
                 "call backward(retain_graph=True)."
             ) from error
 
-    def settle(self, check: bool) -> Settled:
-        """The rule of every operation and the keeper of every promise, without touching data."""
+    def room(self) -> int:
+        """How many multipliers of the largest tensor on the way ``MEMORY`` holds a few times over."""
+        if len(self.starts) == 1:
+            return 1
+        self.plan = self.plan or self._settled()
+        nodes = (self.graph.nodes[index] for step in self.plan.steps for index in step.chain or (step.index,))
+        sizes = [math.prod(made.shape) * made.dtype.itemsize for node in nodes for made in node._input_metadata if made]
+        return max(1, MEMORY // (8 * max(sizes, default=1)))
+
+    def _together(self, numbers: Sequence[int], check: bool) -> list[Explanation]:
+        """One pass for several seeds; where an operation cannot take several at once, one pass for each."""
+        if len(numbers) > 1 and not self.alone:
+            half = 0
+            try:
+                return self._batched(numbers)
+            except torch.OutOfMemoryError:
+                half = len(numbers) // 2  # tried when the error, which holds tensors, is gone
+            except (RuleError, RuntimeError):
+                self.alone = True  # what is wrong with the seeds themselves shows again
+            if half:
+                return self._together(numbers[:half], check) + self._together(numbers[half:], check)
+        found = []
+        for number in numbers:
+            release = self.release and number == len(self.starts) - 1
+            explanation = self._pass(self.starts[number], self.conditions[number], check, release)
+            found.append(self._finish(explanation, number))
+        return found
+
+    def _batched(self, numbers: Sequence[int]) -> list[Explanation]:
+        """One pass whose multipliers have a dimension for the seeds."""
+        edges = list(dict.fromkeys(edge for number in numbers for edge in self.conditions[number]))
+        masks = []
+        for edge in edges:
+            given = [self.conditions[number].get(edge) for number in numbers]
+            all_of_it = next(torch.ones_like(m, dtype=torch.bool) for m in given if m is not None)
+            masks.append(torch.stack(aten.broadcast_tensors([all_of_it if m is None else m for m in given])))
+        made: list[Explanation] = []
+
+        def run(start: Tensor, masks: list[Tensor]) -> list[Tensor]:
+            explanation = self._pass(start, dict(zip(edges, masks, strict=True)), False, False)
+            made.append(explanation)
+            return [*_tensors(explanation), *explanation.ledger.tensors()]
+
+        with quiet_vmap():
+            found = torch.func.vmap(run)(torch.stack([self.starts[number] for number in numbers]), masks)
+        return [self._finish(_filled(made[0], [t[place] for t in found]), n) for place, n in enumerate(numbers)]
+
+    def _finish(self, explanation: Explanation, number: int) -> Explanation:
+        ledger = explanation.ledger
+        explanation.value = self.values[number]
+        ledger._output = explanation.value.sum(dtype=torch.promote_types(explanation.value.dtype, torch.float32))
+        if ledger.unresolved and ledger.closes:
+            ledger.unresolved.clear()  # constants that nobody kept add up to nothing: paddings and masks
+        return explanation
+
+    def _settled(self) -> Plan:
+        """The plan of this graph."""
         sources = [edge for edge, _ in self.wanted if edge is not None]
         if not sources:
             raise NoPathError(
                 "the output does not depend on any of the inputs through differentiable operations: integer inputs "
                 "count where they index an embedding, and torch.no_grad, detach and numpy cut the graph"
             )
-        tapped = [edge for edges in self.taps.values() for edge in edges if edge is not None]
-        leaves = [edge for edge in self.leaves.values() if edge is not None]
-        keep = tuple(dict.fromkeys([*sources, *tapped, *leaves]))
-        structure = self.graph.structure(
+        self.structure = self.graph.structure(
             self.root,
             sources,
-            kept=keep,
+            kept=self._keep(),
             seeded=self.seeded,
-            observed=tuple([edge.node for edge in leaves]),
+            observed=tuple([edge.node for edge in self.leaves.values() if edge is not None]),
             modules=self._modules() if self.composite.by_path else None,
         )
-        plan = self._plan(structure)
+        return self._plan(self.structure)
+
+    def _keep(self) -> tuple[Edge, ...]:
+        """Edges whose relevance is wanted."""
+        sources = (edge for edge, _ in self.wanted)
+        tapped = (None if tap is None else tap.edge for taps in self.taps.values() for tap in taps)
+        return tuple(dict.fromkeys(e for e in (*sources, *tapped, *self.leaves.values()) if e is not None))
+
+    def settle(self, masks: Mapping[Edge, Tensor], check: bool = False, release: bool = False) -> Settled:
+        """The rule of every operation and the keeper of every promise, without touching data."""
+        self.plan = plan = self.plan or self._settled()
+        keep = self._keep()
         ledger = Ledger()
         promises = Promises(self.graph, plan.consumers, self.captured, self.wide)
         places = Paths(self._running)
         ledger._path = places.path
         expand = Expander(self.composite, self.on_unknown, ledger, places)
-        walk = Walk(plan, self.graph, promises, ledger, expand, check=check, release=self.release, wide=self.wide)
+        walk = Walk(
+            plan, self.graph, promises, ledger, expand, masks=masks, check=check, release=release, wide=self.wide
+        )
         tables = [rows.table for _, rows in self.wanted if rows is not None and rows.table is not None]
+        values = (plan.activation(edge) for edge in (*keep, *masks))
         try:
-            walk.settle([edge for edge in keep if edge not in plan.relevance_edges] + tables)
+            walk.settle([edge for edge in values if edge is not None] + tables)
         finally:
-            self.missing = {edge: self.graph.nodes[edge.node]._sequence_nr() for edge in promises.missing}
-        return Settled(self.graph, structure, plan, walk, promises, ledger, keep, self._path)
+            self.missing |= {edge: self.graph.nodes[edge.node]._sequence_nr() for edge in promises.missing}
+        assert self.structure is not None
+        return Settled(self.graph, self.structure, plan, walk, promises, ledger, keep, places.path)
 
-    def _path(self, sequence: int) -> str:
-        """Path of the innermost module that an operation ran in."""
-        return innermost(self._running(sequence))
-
-    def _explain(self, check: bool) -> Explanation:
-        _, _, plan, walk, promises, ledger, keep, _ = self.settle(check)
-        ledger._output = self.value.sum(dtype=torch.promote_types(self.value.dtype, torch.float32))
-        sources = [edge for edge, _ in self.wanted if edge is not None]
+    def _pass(self, start: Tensor, masks: Mapping[Edge, Tensor], check: bool, release: bool) -> Explanation:
+        """One pass; the explanation's value is left open."""
+        _, _, plan, walk, promises, ledger, keep, _ = self.settle(masks, check, release)
+        sources = list(dict.fromkeys(edge for edge, _ in self.wanted if edge is not None))
         visited = plan.visited
         sequences = {edge: self.graph.nodes[edge.node]._sequence_nr() for edge in sources}
-        if self.release:
+        if release:
             self.graph.forget()
-        arrived = walk.run(self.start, self.root, keep)
+        arrived = walk.run(start, self.root, keep)
 
         def read(edge: Edge | None) -> Tensor | None:
             if edge is None or edge not in arrived:
                 return None
-            if edge in plan.relevance_edges:
-                return arrived[edge]
-            return product(arrived[edge], promises.take(edge))
+            activation = plan.activation(edge)
+            return arrived[edge] if activation is None else product(arrived[edge], promises.take(activation))
 
         found = {edge: read(edge) for edge in keep}
-        for source in dict.fromkeys(sources):
+        for source in sources:
             value = found[source]
             if value is not None and source in plan.ends:
                 ledger.book("inputs", self.graph.names[source.node], sequences[source], value.sum())
-        if ledger.unresolved and ledger.closes:
-            ledger.unresolved.clear()  # constants that nobody kept add up to nothing: paddings and masks
         results: list[Tensor | None] = []
         for group, shape in zip(self.groups, self.shapes, strict=True):
             parts = []
@@ -492,14 +687,20 @@ class _Run:
                     table = None if rows is None or rows.table is None else promises.take(rows.table)
                     parts.append(part if rows is None else rows.read(part, shape, table))
             results.append(sum(parts[1:], parts[0]) if parts else None)
+
+        def shown(tap: Tap | None) -> Tensor | None:
+            value = None if tap is None else found.get(tap.edge)
+            return value if value is None or tap is None else tap.show(value)
+
         return Explanation(
             relevance=self.rebuild(results),
-            value=self.value,
+            value=start,
             ledger=ledger,
-            layers={name: _single([found.get(e) if e else None for e in edges]) for name, edges in self.taps.items()},
+            layers={name: _single([shown(tap) for tap in taps]) for name, taps in self.taps.items()},
             parameters={name: found.get(edge) if edge else None for name, edge in self.leaves.items()},
             promises=promises.report(visited),
             composite=self.composite.name,
+            axes=self.axes,
         )
 
     def _modules(self) -> tuple[tuple[str, ...], ...]:
@@ -532,6 +733,31 @@ class _Run:
             raise UnknownOperationError(places, error.reasons) from None
 
 
+def _tensors(explanation: Explanation) -> list[Tensor]:
+    """All relevance, in a fixed order."""
+    trees = (explanation.relevance, explanation.layers, explanation.parameters)
+    return [t for t in pytree.tree_leaves(trees) if isinstance(t, Tensor)]
+
+
+def _filled(explanation: Explanation, tensors: Sequence[Tensor]) -> Explanation:
+    """The same explanation with other relevance and other amounts."""
+    rest = iter(tensors)
+    trees = (explanation.relevance, explanation.layers, explanation.parameters)
+    relevance, layers, parameters = pytree.tree_map(lambda t: next(rest) if isinstance(t, Tensor) else t, trees)
+    ledger = explanation.ledger.with_tensors(list(rest))
+    return replace(explanation, relevance=relevance, layers=layers, parameters=parameters, ledger=ledger)
+
+
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Without a warning for each kernel that vmap runs once per seed, such as fused attention."""
+    functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_warning_enabled(True)
+
+
 def _single(values: list[Tensor | None]) -> Any:
     return values if len(values) > 1 else values[0] if values else None
 
@@ -548,7 +774,7 @@ class Rows:
 
     def read(self, relevance: Tensor, shape: torch.Size, table: Tensor | None) -> Tensor:
         rows = relevance.sum(-1) if self.split is None else self.split(Operands(self.node), relevance, table)
-        flat = torch.zeros(shape.numel() + 1, dtype=rows.dtype, device=rows.device)
+        flat = rows.new_zeros(shape.numel() + 1)
         return flat.index_add_(0, self.places.reshape(-1), rows.reshape(-1))[:-1].reshape(shape)
 
 
@@ -589,11 +815,12 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 @dataclass
 class _Request:
-    """What :func:`explain` was asked, so that a failed run can be repeated for diagnosis."""
+    """What was asked, so that a failed run can be repeated for diagnosis."""
 
     model: Any
     inputs: Any
-    target: Target
+    targets: list[Target] | Literal["all"]
+    conditions: list[Condition]
     composite: Composite
     layers: tuple[str, ...]
     parameters: tuple[str, ...]
@@ -602,8 +829,11 @@ class _Request:
     frozen: bool
     wide: Wide | None
 
-    def forward(self, record: Wanted | None = None, release: bool = True) -> _Run:
-        """Run the model and gather what is wanted; the values of the tensors in ``record`` are kept on the way."""
+    def forward(self, record: Wanted | None = None, release: bool = True) -> list[tuple[_Run, list[int]]]:
+        """Run the model and gather what is wanted; the values of the tensors in ``record`` are kept on the way.
+
+        Returns a run for every tensor that relevance starts from, with the numbers of the pairs it is for.
+        """
         with torch.inference_mode(False), torch.enable_grad():
             leaves, spec = pytree.tree_flatten(as_dicts(self.inputs))
             given = [_prepare(leaf) for leaf in leaves]
@@ -612,7 +842,8 @@ class _Request:
             arguments = pytree.tree_unflatten(given, spec)
             # Before the model can change them in place.
             entries = [_entry(argument) for argument in given]
-            recording = Recording(self.model, self.layers, self.composite)
+            places = list(dict.fromkeys([*self.layers, *(name for c in self.conditions for name in c)]))
+            recording = Recording(self.model, places, self.composite)
             frozen = frozen_parameters(self.model) if self.frozen else []
             names = self._parameter_names()
             aliases = Aliases(frozen, [self.model.get_parameter(n) for n in names]) if frozen else None
@@ -622,48 +853,61 @@ class _Request:
                 result = call(self.model, arguments)
             found = find_output(result, self.output)
             sizes = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
-            plain = self.target is None or isinstance(self.target, int)
+            targets = all_targets(found) if self.targets == "all" else self.targets
+            plain = any(target is None or isinstance(target, int) for target in targets)
             if plain and found.ndim == 1 and sizes and len(found) not in sizes:
                 raise TargetError(
                     f"the output of shape {tuple(found.shape)} has no batch dimension that fits the inputs; add one "
                     f"in front of the inputs (x.unsqueeze(0)) so that the output is (batch, ...)"
                 )
+            targets, conditions = _paired(targets, self.conditions)
+            groups: dict[tuple[int, bool], list[tuple[int, Seed]]] = {}
             with recorder or nullcontext():
-                seed = make_seed(found, self.target)
+                for number, target in enumerate(targets):
+                    seed = make_seed(found, target)
+                    groups.setdefault((id(seed.root), seed.relevance), []).append((number, seed))
             del result, found
-            run = _Run(seed, self.composite, self.on_unknown, release, recording, self.wide)
-            del seed
-            run.aliases = aliases
-            if recorder is not None:
-                run.keep(recorder)
-            order: list[int | None] = []
-            ids: list[Tensor] = []
-            for leaf, argument, entry in zip(leaves, given, entries, strict=True):
-                order.append(None)
-                if entry is not None:
-                    order[-1] = run.want(*entry, leaf.detach())
-                elif isinstance(leaf, Tensor) and not argument.is_floating_point() and argument.dtype != torch.bool:
-                    order[-1] = -1 - len(ids)
-                    ids.append(argument)
-            rows = run.want_rows(ids)
-            places = [None if n is None else n if n >= 0 else rows[-1 - n] for n in order]
-            run.rebuild = lambda found: pytree.tree_unflatten([None if n is None else found[n] for n in places], spec)
-            run.taps = {name: [] for name in recording.requested()}
-            for name, outputs in recording.outputs.items():
-                for node, number, value, version in outputs:
-                    run.tap(name, node, number, value, version)
+            calls = recording.take_calls()
+            runs = []
+            for group in groups.values():
+                numbers = [number for number, _ in group]
+                seeds = [seed for _, seed in group]
+                run = _Run(seeds, self.composite, self.on_unknown, release, recording, calls, self.wide)
+                runs.append((run, numbers))
+                run.aliases = aliases
+                if recorder is not None:
+                    run.keep(recorder)
+                order: list[int | None] = []
+                ids: list[Tensor] = []
+                for leaf, argument, entry in zip(leaves, given, entries, strict=True):
+                    order.append(None)
+                    if entry is not None:
+                        order[-1] = run.want(*entry, leaf.detach())
+                    elif isinstance(leaf, Tensor) and not argument.is_floating_point() and argument.dtype != torch.bool:
+                        order[-1] = -1 - len(ids)
+                        ids.append(argument)
+                rows = run.want_rows(ids)
+                run.rebuild = _Rebuild([None if n is None else n if n >= 0 else rows[-1 - n] for n in order], spec)
+                run.taps = {name: [] for name in recording.requested()}
+                for name, outputs in recording.outputs.items():
+                    for node, number, value, version in outputs:
+                        run.tap(name, node, number, value, version)
+                heads = [pattern for pattern in map(parse, places) if pattern[1] in ATTENTION]
+                if heads:
+                    run.tap_attention(heads)
+                run.place([conditions[number] for number in numbers])
+                for name in names:
+                    parameter = self.model.get_parameter(name)
+                    run.observe(name, parameter if aliases is None else aliases.stand_in(parameter))
             recording.outputs.clear()
-            for name in names:
-                parameter = self.model.get_parameter(name)
-                run.observe(name, parameter if aliases is None else aliases.stand_in(parameter))
-        return run
+        return runs
 
-    def diagnose(self) -> None:
+    def diagnose(self, number: int) -> None:
         """Run again with every value looked at, and raise for the first that is not finite."""
-        for number, leaf in enumerate(pytree.tree_leaves(as_dicts(self.inputs))):
+        for place, leaf in enumerate(pytree.tree_leaves(as_dicts(self.inputs))):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-                raise NonFiniteError(f"input {number} holds NaN or infinity")
-        run = self.forward(EVERYTHING, release=False)
+                raise NonFiniteError(f"input {place} holds NaN or infinity")
+        run, numbers = next(pair for pair in self.forward(EVERYTHING, release=False) if number in pair[1])
         assert run.recording is not None
         for node, _, value in run.recorded:
             operation = REGISTRY.get(node.name())
@@ -672,9 +916,10 @@ class _Request:
             if bool((torch.isnan(value) | (value == torch.inf)).any()):  # scores may be masked with -inf
                 path = run.recording.path(node._sequence_nr())
                 raise NonFiniteError(f"an activation is not finite first behind {node.name()} in {path or 'the model'}")
-        if not bool(torch.isfinite(run.value).all()):
+        place = numbers.index(number)
+        if not bool(torch.isfinite(run.values[place]).all()):
             raise NonFiniteError("the explained output is not finite")
-        run.explain(check=True)
+        run.explain([place], check=True)
         raise NonFiniteError("relevance is not finite")
 
     def _parameter_names(self) -> list[str]:
@@ -683,13 +928,37 @@ class _Request:
         if not isinstance(self.model, nn.Module):
             raise InputError("parameters= needs an nn.Module")
         everything = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
-        names: list[str] = []
+        names: dict[str, int] = {}
         for pattern in self.parameters:
             found = [name for name in everything if fnmatch.fnmatchcase(name, pattern)]
             if not found:
                 raise InputError(f"no parameter is called {pattern!r}; the model has {everything[:8]} ...")
-            names += found
-        return list(dict.fromkeys(names))
+            for name in found:
+                parameter = id(self.model.get_parameter(name))
+                if name == pattern or parameter not in names.values():  # a glob finds a tied one once
+                    names[name] = parameter
+        return list(names)
+
+
+def _paired(targets: Sequence[Target], conditions: Sequence[Condition]) -> tuple[list[Target], list[Condition]]:
+    """Targets and conditions of the same length."""
+    if not targets or not conditions:
+        raise InputError("there are no targets" if not targets else "there are no conditions")
+    count = max(len(targets), len(conditions))
+    if {len(targets), len(conditions)} - {1, count}:
+        raise InputError(f"{len(targets)} targets do not pair with {len(conditions)} conditions")
+    return [targets[n % len(targets)] for n in range(count)], [conditions[n % len(conditions)] for n in range(count)]
+
+
+@dataclass(frozen=True)
+class _Rebuild:
+    """Results in the structure of the inputs; ``places`` are their numbers, None for inputs without."""
+
+    places: Sequence[int | None]
+    spec: Any
+
+    def __call__(self, found: Sequence[Tensor | None]) -> Any:
+        return pytree.tree_unflatten([None if n is None else found[n] for n in self.places], self.spec)
 
 
 def as_dicts(inputs: Any) -> Any:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ from dynlrp.promise import PromiseReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+class Ranking(NamedTuple):
+    """Channels from the most to the least relevant, ``(batch, channels)``."""
+
+    channels: Tensor
+    relevance: Tensor
 
 
 @dataclass(repr=False)
@@ -32,10 +39,45 @@ class Explanation:
     promises: PromiseReport
     composite: str
     layers: dict[str, Any] = field(default_factory=dict)
-    """Relevance of a module's output by name; a list where the module ran more than once."""
+    """Relevance by the name that was asked for, of a module's output or another tensor, also where a condition names
+    it (of what passed); a list where the module ran more than once."""
     parameters: dict[str, Tensor | None] = field(default_factory=dict)
     """Relevance of a parameter by name, summed over its uses and the batch; None where it took no part, as
     the parameters of a batch norm that a composite merges into the layer before it."""
+
+    axes: dict[str, int] = field(default_factory=dict)
+    """The axis of ``layers`` that holds the channels, or the heads."""
+
+    def by_channel(self, name: str, axis: int | None = None) -> Tensor:
+        """Relevance of each channel of ``layers[name]``, ``(batch, channels)``.
+
+        Args:
+            name: as in ``layers``; calls of a module that ran more than once are added up.
+            axis: another axis than that of the channels: positions of a residual stream, heads, neurons.
+        """
+        found = self.layers.get(name)
+        calls = [call for call in (found if isinstance(found, list) else [found]) if call is not None]
+        if not calls:
+            raise InputError(f"there is no relevance of {name!r}; there is of {[n for n in self.layers if n != name]}")
+        along = self.axes[name] if axis is None else axis
+        shapes = {tuple(call.shape) for call in calls}
+        if any(not -len(shape) <= along < len(shape) or along % len(shape) == 0 for shape in shapes):
+            raise InputError(f"{name!r} of shape {shapes.pop()} has no axis {along} beside that of the samples")
+        rows = [call.transpose(1, along).flatten(2).sum(2) if call.ndim > 2 else call for call in calls]
+        if len({row.shape for row in rows}) > 1:
+            raise InputError(f"the calls of {name!r} have shapes {shapes}: add up those of layers[{name!r}] you mean")
+        total: Tensor = sum(rows[1:], rows[0])
+        return total
+
+    def rank(self, name: str, axis: int | None = None, top: int | None = None) -> Ranking:
+        """Channels of ``layers[name]`` by size of relevance, the largest first; arguments as in :meth:`by_channel`.
+
+        Args:
+            top: how many of them.
+        """
+        found = self.by_channel(name, axis)
+        index = found.abs().argsort(stable=True, dim=1, descending=True)[:, :top]
+        return Ranking(index, found.gather(1, index))
 
     def tensors(self) -> list[Tensor]:
         """Every relevance tensor of the inputs."""

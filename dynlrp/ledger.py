@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from typing import get_args
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from dynlrp.rules.operation import Account, inner, masked_product
 
@@ -84,6 +86,20 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._amounts)
 
+    def tensors(self) -> list[Tensor]:
+        """All amounts as they are kept, for :meth:`with_tensors`."""
+        self._multiply()
+        return [*self._amounts, *(products for products, _ in self._products)]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Ledger:
+        """A ledger with the same entries and other amounts."""
+        other, count = copy(self), len(self._amounts)
+        other._amounts, other._sums = list(tensors[:count]), None
+        sizes = [sizes for _, sizes in self._products]
+        other._products = list(zip(tensors[count:], sizes, strict=True))
+        other.unresolved, other.fallbacks = list(self.unresolved), list(self.fallbacks)
+        return other
+
     def since(self, number: int) -> Tensor | float:
         """The sum of the entries from ``number`` on."""
         return sum(self._amounts[number:]) if number < len(self._amounts) else 0.0
@@ -147,7 +163,8 @@ class Ledger:
         for amount in self._amounts:
             kinds[amount.dtype, amount.device].append(amount)
         booked = [torch.stack(amounts).sum(dtype=torch.float64) for amounts in kinds.values()]
-        return booked + [values.sum(dtype=torch.float64) for *_, values in self._kept]
+        leaves = [values for *_, values in self._kept] + [products for products, _ in self._products]
+        return booked + [values.sum(dtype=torch.float64) for values in leaves]
 
     def finite(self) -> bool:
         """Whether no amount is NaN and no leaf is NaN or inf (-inf may be a mask)."""
@@ -177,5 +194,5 @@ class Ledger:
 
 def _alone(x: Tensor) -> Tensor:
     """A tensor that keeps no more memory than its own."""
-    plain = x.layout is torch.strided and not x.is_nested
+    plain = x.layout is torch.strided and not x.is_nested and not is_functorch_wrapped_tensor(x)
     return x.clone() if plain and x.untyped_storage().nbytes() > 2 * x.numel() * x.element_size() else x

@@ -177,6 +177,12 @@ class Plan:
     """Sources with no other source behind them: here relevance leaves the graph."""
     consumers: dict[Edge, list[tuple[int, int]]]
     """Who uses a tensor: node and operand number."""
+    merged: dict[Edge, Edge]
+    """Outputs of linear operations that took a batch norm in, and the output of that norm."""
+
+    def activation(self, edge: Edge) -> Edge | None:
+        """The tensor whose value makes relevance of what arrives at ``edge``; None where that is relevance already."""
+        return None if edge in self.relevance_edges else self.merged.get(edge, edge)
 
 
 # Plans hold no tensors and their keys are complete, so calls from anywhere may share them.
@@ -257,7 +263,7 @@ class _Planner:
             self.observes.append(index in observed or any(self.observes[edge.node] for edge in carried))
             reached = [edge for edge in carried if edge in self.sources or self.reaches[edge.node]]
             self.reaches.append(bool(reached))
-            linear = not s.first or any(below[edge.node] for edge in reached if edge not in self.sources)
+            linear = not s.first or any(below[edge.node] for edge in reached if not self._ends(edge))
             self.first.append(not linear)
             below.append(linear or (operation is not None and self._has_weights(index, operation)))
             self.nonnegative.append(self._never_negative(index, operation))
@@ -321,6 +327,10 @@ class _Planner:
         if edge is None:
             return Kind.CONSTANT
         return Kind.SIGNAL if edge in self.sources else self.kinds[edge.node]
+
+    def _ends(self, edge: Edge) -> bool:
+        """Whether relevance leaves the graph here: a source with no other behind it."""
+        return edge in self.sources and not self.reaches[edge.node]
 
     def _is_its_gradient(self, index: int, operation: Operation) -> bool:
         """Whether the plain derivative is the operation's own rule, in all its operands."""
@@ -440,7 +450,8 @@ class _Planner:
         steps = _chained(steps)
         ends = frozenset(edge for edge in self.sources if not self.reaches[edge.node])
         settling = tuple(step for step in steps if step.settles)
-        return Plan(tuple(steps), settling, visited, frozenset(relevance), ends, self.consumers)
+        merged = {Edge(inner, 0): Edge(norm.index, 0) for inner, norm in absorbed.items()}
+        return Plan(tuple(steps), settling, visited, frozenset(relevance), ends, self.consumers, merged)
 
     def _step(self, index: int, absorbed: dict[int, StepPlan], unknown: list[tuple[int, str]]) -> StepPlan:
         name = self.s.names[index]
@@ -505,7 +516,7 @@ class _Planner:
         """The linear operation that takes this batch norm into its weights, if its rule asks for that."""
         edge = step.operands[0] if step.operands else None
         affine = step.operation.affine
-        if affine is None or edge is None or edge in self.sources or not step.signals[0]:
+        if affine is None or edge is None or self._ends(edge) or not step.signals[0]:
             return None
         operation, rule = REGISTRY.get(self.s.names[edge.node]), self.rules[edge.node]
         if operation is None or rule is None or not rule.merges_norm or not affine(self.facts.get(step.index)):

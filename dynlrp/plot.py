@@ -21,10 +21,12 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Tokens", "colours", "heatmap", "save", "series", "tokens_figure", "tokens_html"]
+__all__ = ["Steps", "Tokens", "colours", "heatmap", "matrix", "save", "series", "tokens_figure", "tokens_html"]
 
 Values = torch.Tensor | npt.ArrayLike
 Floats = npt.NDArray[np.float64]
@@ -276,6 +278,52 @@ def series(
     return figure
 
 
+def matrix(
+    relevance: Values,
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    *,
+    title: str | None = None,
+    across: str = "",
+    down: str = "",
+    quantile: float = 0.995,
+    limit: float | None = None,
+) -> Figure:
+    """Relevance of pairs, a cell for each.
+
+    Args:
+        relevance: (R, C).
+        rows, columns: names of the R rows and C columns; where there is no room for all, some are left out.
+        across, down: what the columns and the rows are.
+    """
+    array = _array(relevance, "relevance")
+    if array.ndim != 2 or {len(rows), array.shape[0]} - {0, array.shape[0]} or len(columns) not in (0, array.shape[1]):
+        raise ValueError(f"relevance must be (R, C), not {array.shape}; {len(rows)} rows, {len(columns)} columns named")
+    full = _full(array, quantile, limit)
+    cell = min(0.3, max(11.0 / array.shape[1], 0.04))
+    wide, tall = (max(size * cell, 2.2) for size in array.shape[::-1])
+    texts = [_shown(rows), _shown(columns)]
+    left, head = (
+        0.35 + (0.3 if name else 0) + 0.085 * max(map(len, names), default=0)
+        for name, names in zip((down, across), texts, strict=True)
+    )
+    figure = _figure(left + wide + 0.2, head + tall + 0.65, title)
+    axes = _axes(figure, left, 0.65, wide, tall)
+    axes.imshow(colours(array, limit=full), aspect="auto", interpolation="nearest")
+    axes.spines[:].set_visible(True)
+    axes.xaxis.set_ticks_position("top")
+    axes.xaxis.set_label_position("top")
+    families = _families("".join(map("".join, texts)))
+    for axis, names, name in ((axes.yaxis, texts[0], down), (axes.xaxis, texts[1], across)):
+        step = max(1, math.ceil(0.13 / cell))
+        axis.set_ticks(range(0, len(names), step), names[::step])
+        axis.set_label_text(name, size=9.5, color=_QUIET)
+        for label in axis.get_ticklabels():
+            label.set(family=families, parse_math=False, rotation=90 if axis is axes.xaxis else 0)
+    _scale(figure, left, 2.2, array, full)
+    return figure
+
+
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """Words with their relevance, as a panel of :func:`save`; the fields are as in :func:`tokens_html`."""
@@ -286,13 +334,36 @@ class Tokens:
     limit: float | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """Words that were made one after the other, each explained by those before it, as a panel of :func:`save`.
+
+    A page shows the relevance for the word that is pointed at. At first, as a picture does, it shows the sum over all.
+    """
+
+    tokens: Sequence[str]
+    relevance: Values
+    """``(made, N)``: a row for each of the words that were made, which are the last of the N tokens."""
+    title: str | None = None
+
+    def total(self) -> Tokens:
+        """The sum over all words that were made."""
+        array = _array(self.relevance, "relevance")
+        if array.ndim != 2 or array.shape[1] != len(self.tokens) or len(array) > len(self.tokens):
+            raise ValueError(f"{len(self.tokens)} tokens need relevance (made, {len(self.tokens)}), not {array.shape}")
+        return Tokens(self.tokens, array.sum(0), self.title)
+
+
+def _shown(tokens: Sequence[str]) -> list[str]:
+    return [token.replace("\n", "\u23ce").replace("\t", "\u21e5").strip() or "\u2423" for token in tokens]
+
+
 def _words(tokens: Sequence[str], relevance: Values, limit: float | None) -> tuple[list[str], Floats, float]:
     """Return the texts as shown, their relevance and the |relevance| of the full colour."""
     array = _array(relevance, "relevance")
     if array.shape != (len(tokens),):
         raise ValueError(f"{len(tokens)} tokens need relevance ({len(tokens)},), not {array.shape}")
-    texts = [token.replace("\n", "\u23ce").replace("\t", "\u21e5").strip() or "\u2423" for token in tokens]
-    return texts, array, _full(array, 1, limit)
+    return _shown(tokens), array, _full(array, 1, limit)
 
 
 def tokens_html(
@@ -306,9 +377,8 @@ def tokens_html(
     """
     texts, array, full = _words(tokens, relevance, limit)
     spans = "\n".join(
-        f'<span title="{_signed(value)}" style="background:rgb({",".join(map(str, rgb))});color:{_ink(rgb)};'
-        f'padding:.12em .3em;border-radius:.25em">{html.escape(text)}</span>'
-        for text, value, rgb in zip(texts, array, colours(array, limit=full), strict=True)
+        f'<span title="{note}" style="{style};padding:.12em .3em;border-radius:.25em">{html.escape(text)}</span>'
+        for text, (note, style) in zip(texts, _looks(array, full), strict=True)
     )
     ramp = ",".join(f"rgb({r},{g},{b})" for r, g, b in colours(_STOPS, limit=1))
     head = f'<div style="font-weight:600;margin-bottom:.4em">{html.escape(title)}</div>\n' if title else ""
@@ -318,6 +388,46 @@ def tokens_html(
         f'<div style="font-size:.8em;color:{_QUIET};margin-top:.5em">{_signed(-full)} <span style="width:9em;'
         f"display:inline-block;height:.7em;border:1px solid {_RULE};background:linear-gradient(90deg,{ramp})"
         f'"></span> {_signed(full)} relevance</div>\n</div>'
+    )
+
+
+def _looks(relevance: Floats, full: float) -> list[tuple[str, str]]:
+    """The number and the colours of every word."""
+    return [
+        (_signed(value), f"background:rgb({','.join(map(str, rgb))});color:{_ink(rgb)}")
+        for value, rgb in zip(relevance, colours(relevance, limit=full), strict=True)
+    ]
+
+
+def _steps_html(steps: Steps) -> str:
+    """Words as an HTML fragment that recolours them for the word that is pointed at."""
+    total = steps.total()
+    array = _array(steps.relevance, "relevance")
+    full = [_full(row, 1, None) for row in array]
+    looks = json.dumps([(f"{most:.3g}", _looks(row, most)) for row, most in zip(array, full, strict=True)])
+    name = f"steps-{zlib.crc32(looks.encode()):x}"
+    return (
+        f'<div id="{name}">\n{tokens_html(total.tokens, total.relevance, title=total.title)}\n'
+        f'<p style="font-size:.8em;color:{_QUIET}">The sum over all words that were made. Point at one of the last '
+        f"{len(array)} words, or choose it with the Tab key, to see what made it.</p>\n</div>\n"
+        f"<script>\n(() => {{\nconst looks = {looks};\n"
+        f'const words = [...document.querySelectorAll("#{name} span[title]")];\n'
+        f'const note = document.querySelector("#{name} p"), first = words.length - looks.length;\n'
+        "looks.forEach(([full, look], number) => {\n"
+        "  const word = words[first + number];\n"
+        "  const show = () => {\n"
+        "    words.forEach((one, place) => {\n"
+        "      one.title = look[place][0];\n"
+        "      one.style.cssText += look[place][1];\n"
+        '      one.style.outline = place === first + number ? "2px solid currentColor" : "";\n'
+        "      one.style.opacity = place > first + number ? 0.3 : 1;\n"
+        "    });\n"
+        "    note.textContent = `Relevance for \u201c${word.textContent}\u201d; the full colour is ${full}.`;\n"
+        "  };\n"
+        "  word.tabIndex = 0;\n"
+        '  word.style.cursor = "pointer";\n'
+        '  for (const event of ["mouseenter", "focus", "click"]) word.addEventListener(event, show);\n'
+        "});\n})();\n</script>"
     )
 
 
@@ -389,7 +499,7 @@ def tokens_figure(
 
 def save(
     path: str | PathLike[str],
-    *panels: Figure | Tokens,
+    *panels: Figure | Tokens | Steps,
     title: str = "Relevance",
     facts: Mapping[str, object] | None = None,
     ledger: Mapping[str, float] | None = None,
@@ -399,7 +509,7 @@ def save(
 
     Args:
         path: ends in ``.png`` (the panels below each other, 200 dots per inch) or in ``.html``.
-        panels: figures, or :class:`Tokens`, which a page shows as text.
+        panels: figures, or :class:`Tokens` and :class:`Steps`, which a page shows as text.
         title: heading of the page; a PNG keeps it in its metadata.
         facts: short facts under the heading (model, target, value, time); in a page only.
         ledger: account -> amount, in units of the output, as a table; in a page only.
@@ -440,7 +550,9 @@ def save(
     return path
 
 
-def _png(panel: Figure | Tokens) -> bytes:
+def _png(panel: Figure | Tokens | Steps) -> bytes:
+    if isinstance(panel, Steps):
+        panel = replace(panel.total(), title=panel.title or "Relevance for all words that were made")
     if isinstance(panel, Tokens):
         panel = tokens_figure(panel.tokens, panel.relevance, title=panel.title, limit=panel.limit)
     buffer = io.BytesIO()
@@ -448,7 +560,9 @@ def _png(panel: Figure | Tokens) -> bytes:
     return buffer.getvalue()
 
 
-def _fragment(panel: Figure | Tokens) -> str:
+def _fragment(panel: Figure | Tokens | Steps) -> str:
+    if isinstance(panel, Steps):
+        return _steps_html(panel)
     if isinstance(panel, Tokens):
         return tokens_html(panel.tokens, panel.relevance, title=panel.title, limit=panel.limit)
     data = base64.b64encode(_png(panel)).decode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import NamedTuple
 
-from dynlrp.graph import Edge, Structure
+from dynlrp.graph import Edge, Graph, Structure
 from dynlrp.rules.operation import REGISTRY, VJP
 
 POINTWISE = frozenset({"elementwise", "piecewise linear", "scaling", "addition", "product", "quotient"})
@@ -24,7 +24,7 @@ class Role(NamedTuple):
 NO_ROLE = Role(frozenset())
 
 
-def roles(structure: Structure) -> dict[int, Role]:
+def roles(structure: Structure | Graph) -> dict[int, Role]:
     """Roles by node index.
 
     ``attention``: a softmax whose rows weigh another signal in a product, and that product.
@@ -49,7 +49,7 @@ def roles(structure: Structure) -> dict[int, Role]:
         if router is not None and operation.family == "product":
             found[index] = Role(frozenset({"gate"}), gate=router)
             continue
-        ends = {i: _through_copies(structure, edge) for i, edge in factors}
+        ends = {i: through_copies(structure, edge) for i, edge in factors}
         for end in ends.values():
             weights = REGISTRY.get(structure.names[end.node])
             if end.node in written or (weights is not None and weights.family == "softmax"):
@@ -77,7 +77,7 @@ def roles(structure: Structure) -> dict[int, Role]:
     return found
 
 
-def _through_copies(structure: Structure, edge: Edge) -> Edge:
+def through_copies(structure: Structure | Graph, edge: Edge) -> Edge:
     """The first tensor below that is more than a rearrangement."""
     while True:
         operation = REGISTRY.get(structure.names[edge.node])
@@ -87,10 +87,10 @@ def _through_copies(structure: Structure, edge: Edge) -> Edge:
         edge = operands[0]
 
 
-def _through_multiples(structure: Structure, edge: Edge) -> Edge:
+def _through_multiples(structure: Structure | Graph, edge: Edge) -> Edge:
     """The first tensor below that is more than a rearrangement and a constant multiple."""
     while True:
-        edge = _through_copies(structure, edge)
+        edge = through_copies(structure, edge)
         operation = REGISTRY.get(structure.names[edge.node])
         factors = [e for e in structure.operands[edge.node] if e is not None]
         if operation is None or operation.family not in ("product", "scaling") or len(factors) != 1:
@@ -98,7 +98,7 @@ def _through_multiples(structure: Structure, edge: Edge) -> Edge:
         edge = factors[0]
 
 
-def _written_softmaxes(structure: Structure) -> dict[int, set[int]]:
+def _written_softmaxes(structure: Structure | Graph) -> dict[int, set[int]]:
     """Quotients of exponentials by their own sum, and the exponentials."""
     found: dict[int, set[int]] = {}
     for index, (name, operands) in enumerate(zip(structure.names, structure.operands, strict=True)):
@@ -115,28 +115,28 @@ def _written_softmaxes(structure: Structure) -> dict[int, set[int]]:
         again = (
             structure.names[above] == structure.names[below] and structure.operands[above] == structure.operands[below]
         )
-        same = summed == _through_copies(structure, numerator) or (again and summed.node == below)
+        same = summed == through_copies(structure, numerator) or (again and summed.node == below)
         if exponential is not None and exponential.softmax is not None and same:
             found[index] = {above, below}
     return found
 
 
-def _summand(structure: Structure, edge: Edge) -> Edge | None:
+def _summand(structure: Structure | Graph, edge: Edge) -> Edge | None:
     """What a tensor is the sum of over some of its entries, maybe with a constant added."""
     while True:
-        edge = _through_copies(structure, edge)
+        edge = through_copies(structure, edge)
         operation = REGISTRY.get(structure.names[edge.node])
         present = [e for e in structure.operands[edge.node] if e is not None]
         if operation is None or len(present) != 1 or not isinstance(operation.rule, VJP):
             return None
         if operation.family == "reduction":
-            return _through_copies(structure, present[0])
+            return through_copies(structure, present[0])
         if operation.family != "addition":
             return None
         edge = present[0]
 
 
-def _routes(structure: Structure, edge: Edge, written: Container[int]) -> bool:
+def _routes(structure: Structure | Graph, edge: Edge, written: Container[int]) -> bool:
     """Whether a tensor holds entries of a softmax or gate that were chosen, or divided by their sum or norm."""
     routed = False
     while True:
@@ -158,7 +158,7 @@ def _routes(structure: Structure, edge: Edge, written: Container[int]) -> bool:
         edge = present[0]
 
 
-def _is_statistic_of(structure: Structure, edge: Edge | None, summand: Edge) -> bool:
+def _is_statistic_of(structure: Structure | Graph, edge: Edge | None, summand: Edge) -> bool:
     """Whether a tensor is a function of another's sum, norm or largest entry alone."""
     summand = _through_multiples(structure, summand)
     for _ in range(SMALL):
@@ -173,20 +173,20 @@ def _is_statistic_of(structure: Structure, edge: Edge | None, summand: Edge) -> 
     return False
 
 
-def _decays(structure: Structure, edge: Edge) -> bool:
+def _decays(structure: Structure | Graph, edge: Edge) -> bool:
     """Whether a tensor is an exponential, maybe masked by a constant factor."""
     operation = REGISTRY.get(structure.names[_through_multiples(structure, edge).node])
     return operation is not None and operation.decay
 
 
-def _decays_by_sums(structure: Structure, end: Edge) -> bool:
+def _decays_by_sums(structure: Structure | Graph, end: Edge) -> bool:
     """Whether a tensor is the exponential of running sums or of their differences."""
     operation = REGISTRY.get(structure.names[end.node])
     if operation is None or not operation.decay:
         return False
     stack, seen = [edge for edge in structure.operands[end.node] if edge is not None], {end}
     while stack and len(seen) <= SMALL:
-        edge = _through_copies(structure, stack.pop())
+        edge = through_copies(structure, stack.pop())
         operation = REGISTRY.get(structure.names[edge.node])
         if operation is None or edge in seen:
             continue
@@ -198,7 +198,7 @@ def _decays_by_sums(structure: Structure, end: Edge) -> bool:
     return False
 
 
-def _gates_itself(structure: Structure, carrier: Edge | None, gate: Edge | None) -> bool:
+def _gates_itself(structure: Structure | Graph, carrier: Edge | None, gate: Edge | None) -> bool:
     """Whether ``gate`` is a pointwise function of the tensor that ``carrier`` is a multiple of."""
     if carrier is None or gate is None or carrier == gate:
         return False

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 import torch
@@ -12,7 +13,19 @@ from torch import Tensor
 
 from dynlrp.errors import NoPathError, TargetError
 
-Target = int | Sequence[Any] | Tensor | Callable[[Tensor], Tensor] | None
+Target = Union[int, Sequence[Any], Tensor, Callable[[Tensor], Tensor], "Contrast", None]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What speaks for one output rather than for another: ``y[target] - y[against]`` is explained.
+
+    Both are targets that name one output per sample, as in :func:`dynlrp.explain`; ``target=None`` is the largest
+    output. ``against=None`` is the mean of all other outputs, as in contrastive LRP (Gu et al. 2018).
+    """
+
+    target: Target = None
+    against: Target = None
 
 
 class Seed(NamedTuple):
@@ -91,14 +104,34 @@ def make_seed(output: Tensor, target: Target) -> Seed:
             raise TargetError(f"initial relevance of shape {tuple(target.shape)} for an output of {tuple(shape)}")
         value = target.detach().to(output)
         return Seed(output, value, value.reshape(shape[0] if shape else 1, shape[1:].numel()).sum(1), True)
+    if isinstance(target, Contrast):
+        start = _chosen(output, target.target)
+        rest = (1 - start) / max(start.shape[1] - 1, 1) if target.against is None else _chosen(output, target.against)
+        start = start - rest
+    else:
+        start = _chosen(output, target)
+    flat = output.detach().reshape(start.shape)
+    value = torch.where(start == 0, 0.0, start * flat).sum(1)  # outputs that are not explained may be infinite
+    return Seed(output, start.reshape(shape), value, False)
+
+
+def all_targets(output: Tensor) -> list[Target]:
+    """Every output of a sample, as targets."""
+    shape = output.shape[1:]
+    return [tuple(map(int, np.unravel_index(n, shape))) for n in range(shape.numel())] if shape else [0]
+
+
+def _chosen(output: Tensor, target: Target) -> Tensor:
+    """1 at the target of every sample and 0 elsewhere, ``(batch, outputs)``."""
+    if callable(target) or isinstance(target, Contrast) or (isinstance(target, Tensor) and target.is_floating_point()):
+        raise TargetError("a contrast is between two outputs of each sample; give any other as a function")
+    shape = output.shape
     batch = shape[0] if shape else 1
     flat = output.detach().reshape(batch, math.prod(shape[1:]))
     if flat.shape[1] == 0 or batch == 0:
         raise TargetError(f"the output of shape {tuple(shape)} has nothing to explain")
     index = flat.argmax(1) if target is None else _flat_index(target, batch, shape[1:], output.device)
-    value = flat.gather(1, index.unsqueeze(1))
-    start = torch.zeros_like(flat).scatter_(1, index.unsqueeze(1), 1.0)
-    return Seed(output, start.reshape(shape), value.squeeze(1), False)
+    return torch.zeros_like(flat).scatter_(1, index.unsqueeze(1), 1.0)
 
 
 def _flat_index(target: Any, batch: int, rest: torch.Size, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -165,6 +165,7 @@ class Walk:
         ledger: Ledger,
         expand: Expand,
         *,
+        masks: Mapping[Edge, Tensor] | None = None,
         check: bool = False,
         release: bool = False,
         wide: Wide | None = None,
@@ -174,6 +175,8 @@ class Walk:
         self.promises = promises
         self.ledger = ledger
         self.expand = expand
+        self.masks = masks or {}
+        """What passes through some tensors, by a factor for every entry; the rest is held back."""
         self.check = check
         self.release = release
         self.wide = wide
@@ -250,6 +253,7 @@ class Walk:
             chain = step.chain
             if grads is not None:
                 if step.kept:
+                    self._hold_back(step.index, grads, step.travels)
                     arrived.update((Edge(step.index, n), g) for n, g in enumerate(grads) if g is not None)
                 index = step.index
                 try:
@@ -274,12 +278,27 @@ class Walk:
                 self._live.pop(step.index, None)
                 for index in chain or (step.index,):
                     nodes[index] = None
-        for edge in keep:
-            row = slots.get(edge.node)
+        for index in {edge.node for edge in keep}:
+            row = slots.get(index)
             if row is not None:
-                arrived.update((Edge(edge.node, n), g) for n, g in enumerate(row) if g is not None)
+                self._hold_back(index, row, True)
+                arrived.update((Edge(index, n), g) for n, g in enumerate(row) if g is not None)
         self.ledger.settle()
         return arrived
+
+    def _hold_back(self, index: int, grads: list[Tensor | None], travels: bool) -> None:
+        """Let through what the masks of a node's outputs let through."""
+        for output, g in enumerate(grads):
+            edge = Edge(index, output)
+            mask = self.masks.get(edge)
+            if mask is None or g is None:
+                continue
+            grads[output] = passed = g * mask
+            held = g - passed
+            activation = self.plan.activation(edge)
+            amount = held.sum() if activation is None else inner(held, self.promises.take(activation))
+            if travels:
+                self.ledger.book("held back", self.graph.names[index], self.graph.nodes[index]._sequence_nr(), amount)
 
     def _visit(self, step: StepPlan, grads: list[Tensor | None]) -> None:
         for output in step.converts:

@@ -214,7 +214,7 @@ class Lookup(VJP):
         if g is None:
             return [None]
         rows: Any = step.saved("weight_sym_argsize_0")
-        table = torch.zeros(rows, g.shape[-1], dtype=g.dtype, device=g.device)
+        table = g.new_zeros(rows, g.shape[-1])
         return [table.index_add_(0, step.saved("indices").reshape(-1), g.reshape(-1, g.shape[-1]))]
 
 

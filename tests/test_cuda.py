@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dynlrp import explain
+from dynlrp import explain, explain_many
 from tests.conftest import SAMPLES, sample
 from tests.peers import models as peers
 
@@ -59,6 +59,22 @@ def test_models_equal_the_cpu(name: str, composite: str) -> None:
         found = explain(model, moved(inputs, torch.float32), target, composite=composite)
         close(found.tensors()[0], expected.tensors()[0], SINGLE)
         assert found.ledger.closes
+    finally:
+        model.to("cpu", torch.float64)
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet", "bert", "llama"])
+def test_many_targets_and_conditions_equal_the_cpu(name: str) -> None:
+    model, inputs, target = sample(name)
+    layer = next(path for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    targets = [(-1, 0), (-1, 3)] if isinstance(target, tuple) else [0, 2]
+    pairs: dict[str, Any] = {"targets": targets, "conditions": [{}, {layer: [0, 2, 3]}]}
+    expected = explain_many(model, inputs, **pairs)
+    try:
+        model.to("cuda", torch.float32)
+        for found, wanted in zip(explain_many(model, moved(inputs, torch.float32), **pairs), expected, strict=True):
+            close(found.tensors()[0], wanted.tensors()[0], SINGLE)
+            assert found.ledger.closes
     finally:
         model.to("cpu", torch.float64)
 

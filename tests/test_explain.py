@@ -579,6 +579,16 @@ def test_asking_for_every_layer_changes_nothing_and_in_place_does_neither(compos
         close(in_place.layers[name], every.layers[name], 1e-10)
 
 
+@pytest.mark.parametrize("composite", ["auto", "epsilon_plus", "dynamiclrp"])
+def test_a_convolution_that_takes_its_norm_in_has_the_relevance_of_both(composite: str) -> None:
+    model, inputs, target = sample("conv_bn")
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [str(int(name) - 1) for name in names]
+    layers = explain(model, inputs, target, composite=composite, layers=[*names, *before]).layers
+    for norm, convolution in zip(names, before, strict=True):
+        close(layers[convolution], layers[norm], 1e-10)
+
+
 def test_a_layer_changed_in_place_afterwards_keeps_its_own_relevance() -> None:
     class Block(nn.Module):
         def __init__(self, in_place: bool) -> None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import itertools
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -360,3 +361,42 @@ def test_no_global_state_is_touched():
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_matrix_has_a_cell_for_every_pair(tmp_path):
+    relevance = torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.5, 0.0]])
+    figure = plot.matrix(relevance, ["a", "b"], ["x", "y", " "], quantile=1)
+    expected = plot.colours(relevance, limit=1)
+    assert np.abs(cells(figure, tmp_path, (2, 3)) - expected.astype(int)).max() <= 2
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["x", "y", "\u2423"]
+
+
+def test_a_large_matrix_names_some_of_its_rows_and_columns():
+    figure = plot.matrix(torch.ones(300, 400), [f"row {n}" for n in range(300)], [f"{n}" for n in range(400)])
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert 20 < len(labels) < 150
+    assert labels[:2] != ["row 0", "row 1"]
+    assert figure.get_figwidth() < 20
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(["a"], ()), ((), ["a", "b"])])
+def test_names_of_a_matrix_must_fit(rows, columns):
+    with pytest.raises(ValueError, match="named"):
+        plot.matrix(torch.ones(2, 3), rows, columns)
+
+
+def test_steps_show_their_sum_and_every_row(tmp_path):
+    relevance = torch.tensor([[1.0, -2.0, 0.0, 0.0], [0.5, 0.5, 4.0, 0.0]])
+    steps = plot.Steps(["a", "<b>", "c", "d"], relevance)
+    page = plot.save(tmp_path / "steps.html", steps).read_text("utf-8")
+    spans = [dict(attributes) for tag, attributes in read(page).tags if tag == "span" and "title" in attributes]
+    assert [span["title"] for span in spans] == ["+1.5", "\u22121.5", "+4", "0"]
+    looks = json.loads(re.search("const looks = (.*);", page)[1])
+    assert [full for full, _ in looks] == ["2", "4"]
+    assert [[number for number, _ in row] for _, row in looks] == [
+        ["+1", "\u22122", "0", "0"], ["+0.5", "+0.5", "+4", "0"],
+    ]  # fmt: skip
+    assert "<b>" not in page.replace("&lt;b&gt;", "")
+    assert plot.save(tmp_path / "steps.png", steps).stat().st_size
+    with pytest.raises(ValueError, match="4 tokens need relevance"):
+        plot.save(tmp_path / "steps.html", plot.Steps(["a", "b", "c", "d"], torch.ones(2, 3)))

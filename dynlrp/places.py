@@ -1,0 +1,151 @@
+"""Tensors inside a model by name: a module's output or input, and what attention makes on its way.
+
+A name is that of a module, or a glob; what stands behind a colon says which tensor: ``block.0`` is the module's output
+and ``block.0:input`` its input. ``query``, ``key``, ``value``, ``weights`` and ``heads`` (the output of every head,
+before they are joined) are those of the attention that ran in the module, fused or written out, found by structure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dynlrp.errors import InputError
+from dynlrp.graph import Edge, Graph
+from dynlrp.roles import NO_ROLE, roles, through_copies
+from dynlrp.rules.operation import REGISTRY
+
+ATTENTION = ("query", "key", "value", "weights", "heads")
+NEARBY = 32
+"""Operations between a softmax and the product of queries and keys, at most."""
+
+
+def parse(pattern: str) -> tuple[str, str]:
+    """The glob of a module, and which of its tensors: ``output``, ``input`` or one of ``ATTENTION``."""
+    glob, colon, kind = pattern.rpartition(":")
+    if not colon:
+        return pattern, "output"
+    if kind not in ("input", *ATTENTION):
+        raise InputError(f"{pattern!r} ends in {kind!r}; behind a colon stands one of input, {', '.join(ATTENTION)}")
+    return glob, kind
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A tensor of the graph and how it is shown."""
+
+    edge: Edge
+    shape: tuple[int, ...]
+    """The shape it is shown in: heads have a dimension of their own."""
+    stands: tuple[int, ...]
+    """The shape it has in the graph."""
+    transposed: bool = False
+    """Keys, in the product with the queries."""
+    axis: int | None = None
+    """The axis of its channels, where that is known of this kind of tensor."""
+
+    def show(self, tensor: Tensor) -> Tensor:
+        """A tensor of the graph's shape in the shape it is shown in."""
+        if self.transposed:
+            *rest, rows, columns = self.shape
+            return tensor.reshape(*rest, columns, rows).mT
+        return tensor.reshape(self.shape)
+
+    def place(self, mask: Tensor) -> Tensor:
+        """A mask that broadcasts to the shown shape, in one that broadcasts to the graph's."""
+        if self.shape == self.stands and not self.transposed:
+            return mask
+        mask = mask.expand(self.shape)
+        return (mask.mT if self.transposed else mask).reshape(self.stands)
+
+
+def attention(graph: Graph, path: Callable[[int], str], batch: int) -> Iterator[tuple[str, str, Tap]]:
+    """Module path, kind and tensor for every attention, in the order they ran. ``batch`` is the number of samples."""
+    played, users = roles(graph), _users(graph)
+    for index, name in enumerate(graph.names):
+        operation = REGISTRY.get(name)
+        if operation is None:
+            continue
+        runs = index
+        if operation.family == "attention":
+            found = _fused(graph, index)
+        elif "attention" in played.get(index, NO_ROLE).names and not _factors(graph, index):
+            user = users.get(Edge(index, 0))
+            runs = index if user is None else user[0]  # a softmax may be a module of its own
+            found = _written_out(graph, index, user, batch)
+        else:
+            continue
+        where = path(graph.nodes[runs]._sequence_nr())
+        for kind, tap in found:
+            yield where, kind, tap
+
+
+def _fused(graph: Graph, index: int) -> Iterator[tuple[str, Tap]]:
+    edges = dict(zip(("query", "key", "value"), graph.operands[index], strict=False))
+    for kind, edge in {**edges, "heads": Edge(index, 0)}.items():
+        if edge is not None:
+            shape = _shape(graph, edge)
+            yield kind, Tap(edge, shape, shape, axis=1)
+
+
+def _written_out(
+    graph: Graph, index: int, user: tuple[int, Edge | None] | None, batch: int
+) -> Iterator[tuple[str, Tap]]:
+    """``user`` is the product that weighs with this softmax: its number, and its other factor."""
+    weights = Edge(index, 0)
+    lead = _shape(graph, weights)[:-2]
+    if not lead:
+        return
+    if len(lead) == 1 and batch and lead[0] % batch == 0:
+        lead = (batch, lead[0] // batch)
+    found: list[tuple[str, Edge | None, bool]] = [("weights", weights, False)]
+    scores = _product_below(graph, graph.operands[index])
+    if scores is not None:
+        found += [("query", scores[0], False), ("key", scores[1], True)]
+    if user is not None:
+        found += [("value", user[1], False), ("heads", Edge(user[0], 0), False)]
+    for kind, edge, transposed in found:
+        stands = () if edge is None else _shape(graph, edge)
+        if edge is not None and math.prod(stands[:-2]) == math.prod(lead):
+            rows, columns = stands[-2:][::-1] if transposed else stands[-2:]
+            yield kind, Tap(edge, (*lead, rows, columns), stands, transposed, axis=1)
+
+
+def _shape(graph: Graph, edge: Edge) -> tuple[int, ...]:
+    return tuple(graph.nodes[edge.node]._input_metadata[edge.output].shape)
+
+
+def _factors(graph: Graph, index: int) -> list[Edge | None]:
+    """The two factors of a matrix product that has no weights of its own; none of any other operation."""
+    operation = REGISTRY.get(graph.names[index])
+    if operation is None or operation.bilinear is None:
+        return []
+    return [edge for position, edge in enumerate(graph.operands[index]) if operation.letter(position) == "*"]
+
+
+def _product_below(graph: Graph, edges: Sequence[Edge | None]) -> tuple[Edge, Edge] | None:
+    """The two factors of the nearest product of two signals below some tensors, the first summand first."""
+    stack = [edge for edge in reversed(edges) if edge is not None]
+    for _ in range(NEARBY):
+        if not stack:
+            return None
+        index = stack.pop().node
+        factors = [edge for edge in _factors(graph, index) if edge is not None]
+        if len(factors) == 2:
+            return factors[0], factors[1]
+        stack.extend(edge for edge in reversed(graph.operands[index]) if edge is not None)
+    return None
+
+
+def _users(graph: Graph) -> dict[Edge, tuple[int, Edge | None]]:
+    """The matrix product that every tensor is a factor of, maybe rearranged, and its other factor."""
+    found: dict[Edge, tuple[int, Edge | None]] = {}
+    for index in range(len(graph.names)):
+        factors = _factors(graph, index)
+        for edge, other in zip(factors, reversed(factors), strict=True):
+            if edge is not None:
+                found.setdefault(through_copies(graph, edge), (index, other))
+    return found
