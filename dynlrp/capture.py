@@ -378,7 +378,7 @@ class _Inner(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         number = _sequence() - 1
         result = func(*args, **(kwargs or {}))
-        if number not in self._made:  # later ones with this number have no node
+        if number >= self._start and number not in self._made:  # later ones with this number have no node
             made = [
                 t.detach().clone() if isinstance(t, Tensor) and (number - self._start, output) in self._wanted else None
                 for output, t in enumerate(pytree.tree_leaves(result))
@@ -397,8 +397,9 @@ class _Inner(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if number >= len(made):
             return None
         value, expected = made[number], node._input_metadata[number]
-        fits = value is not None and list(value.shape) == expected.shape and value.dtype is expected.dtype
-        return value if fits else None
+        if value is None or value.dtype is not expected.dtype or value.is_nested != expected.is_nested_tensor:
+            return None
+        return value if value.is_nested or list(value.shape) == expected.shape else None
 
     def _made_by(self, node: Any) -> list[Any]:
         name, made = self._made.get(node._sequence_nr(), ("", []))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from dynlrp import COMPOSITES, Composite, When, explain
-from dynlrp.capture import Recording
+from dynlrp.capture import Recorder, Recording
 from dynlrp.rules import Flat
 from tests.conftest import close, same
 from tests.peers import models as peers
@@ -60,6 +60,16 @@ def test_paths_of_a_recording() -> None:
     assert recording.path(y.grad_fn.next_functions[0][0]._sequence_nr()) == "0"
     assert recording.path(after.grad_fn._sequence_nr()) == ""
     assert recording.path(before - 1) == ""
+
+
+def test_a_recorder_knows_which_nodes_it_did_not_see_made() -> None:
+    """A constant that is made the same way, right after such a node, is not its value."""
+    nothing, x = torch.zeros_like(X), X.clone().requires_grad_().clone()
+    with Recorder() as recorder:
+        y = nothing.clone() + x
+    found = {node.name(): value for node, _, value in recorder.values([x.grad_fn, y.grad_fn])}
+    assert torch.equal(found["CloneBackward0"], X)
+    assert torch.equal(found["AddBackward0"], X)
 
 
 def test_hooks_live_as_long_as_the_forward_pass() -> None:
