@@ -115,7 +115,11 @@ class Expander:
         }
         # What leads to observed weights alone is in no account.
         expander = self if step.plan.travels else Expander(self.composite, self.on_unknown, Ledger(), self.paths)
-        walk = Walk(plan, graph, Promises(graph, plan.consumers, captured), expander.ledger, expander)
+        auditor = step.auditor
+        if auditor is not None:
+            auditor = auditor.inside(plan, graph, captured, structure.root)
+        promises = Promises(graph, plan.consumers, captured)
+        walk = Walk(plan, graph, promises, expander.ledger, expander, auditor=auditor)
         walk.settle([])
         wanted = [(place, edge) for place, edge in present if step.wants[place]]
         arrived = walk.run(start, structure.root, [edge for _, edge in wanted])

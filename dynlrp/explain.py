@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
+from dynlrp.auditor import AuditedLedger, Auditor
 from dynlrp.capture import (
     EVERYTHING,
     Aliases,
@@ -75,6 +76,7 @@ def explain(
     precision: torch.dtype | None = None,
     on_unknown: OnUnknown = "error",
     allow_training: bool = False,
+    audit: bool = False,
 ) -> Explanation:
     """Explain one output of a model per sample by Layer-wise Relevance Propagation.
 
@@ -106,6 +108,8 @@ def explain(
             whatever the model's. The model itself runs as it is.
         on_unknown: ``"gradient"`` explains operations without a rule by their gradient and lists them in the ledger.
         allow_training: explain although dropout or batch statistics are active.
+        audit: balance every operation and module, in ``explanation.audit``. Every tensor is recorded for that, so it
+            takes more memory and time; relevance stays the same.
 
     Raises:
         DynLRPError: one of its subclasses, saying what is wrong, where, and the cure.
@@ -113,7 +117,7 @@ def explain(
     (explanation,) = explain_many(
         model, inputs, [target], conditions=[condition or {}], composite=composite, layers=layers,
         parameters=parameters, output=output, precision=precision, on_unknown=on_unknown,
-        allow_training=allow_training,
+        allow_training=allow_training, audit=audit,
     )  # fmt: skip
     return explanation
 
@@ -132,6 +136,7 @@ def explain_many(
     precision: torch.dtype | None = None,
     on_unknown: OnUnknown = "error",
     allow_training: bool = False,
+    audit: bool = False,
 ) -> list[Explanation]:
     """Explain many outputs of a model, or one under many conditions, from one forward pass.
 
@@ -152,7 +157,7 @@ def explain_many(
         explanations(
             model, inputs, targets, conditions=conditions, chunk=chunk, composite=composite, layers=layers,
             parameters=parameters, output=output, precision=precision, on_unknown=on_unknown,
-            allow_training=allow_training,
+            allow_training=allow_training, audit=audit,
         )
     )  # fmt: skip
     return [found[number] for number in sorted(found)]
@@ -172,6 +177,7 @@ def explanations(
     precision: torch.dtype | None = None,
     on_unknown: OnUnknown = "error",
     allow_training: bool = False,
+    audit: bool = False,
 ) -> Iterator[tuple[int, Explanation]]:
     """The explanations of :func:`explain_many` one by one, each with the number of its pair, as they are ready."""
     rules = composite_named(composite)
@@ -183,7 +189,7 @@ def explanations(
     asked = targets if targets == "all" else list(targets)
     request = _Request(
         model, inputs, asked, list(conditions), rules, _names(layers), _names(parameters), output, on_unknown, frozen,
-        wide,
+        wide, audit,
     )  # fmt: skip
     done: set[int] = set()
     record: Wanted | None = None
@@ -230,6 +236,7 @@ def relevance(
     initial: Tensor | None = None,
     composite: str | Composite = "auto",
     on_unknown: OnUnknown = "error",
+    audit: bool = False,
 ) -> Explanation:
     """Explain a tensor that autograd already has a graph for, beside ordinary backprop.
 
@@ -242,6 +249,8 @@ def relevance(
             the way, as with ``explain(parameters=...)``: they change nothing for the others.
         initial: relevance of ``output``, of its shape; by default the output itself.
         composite, on_unknown: as in :func:`explain`.
+        audit: balance every operation, in ``explanation.audit``; those whose activations are neither in the graph nor
+            to be recomputed are listed as unresolved.
     """
     rules = composite_named(composite)
     _check(on_unknown)
@@ -265,6 +274,7 @@ def relevance(
     else:
         raise InputError("initial must be a floating point tensor of the output's shape")
     run = _Run([seed], rules, on_unknown, release=False)
+    run.audit = audit
     for number, tensor in enumerate(tensors):
         if isinstance(tensor, nn.Parameter):
             run.observe(str(number), tensor)
@@ -408,6 +418,11 @@ class _Run:
         self.captured: dict[Edge, tuple[Tensor, int]] = self.graph.values()
         self.captured[root] = (seeds[0].root.detach(), seeds[0].root._version)
         self.recorded: list[tuple[Node, int, Tensor]] = []
+        self.audit = False
+        self.auditor: Auditor | None = None
+        """Who watched the last pass."""
+        self.seen: dict[Edge, tuple[Tensor, int]] = {}
+        """What was recorded, by edge."""
         self.missing: dict[Edge, int] = {}
         """Tensors whose values nobody keeps, with the number of their node."""
         self.taps: dict[str, list[Tap | None]] = {}
@@ -520,13 +535,16 @@ class _Run:
     def _axis(self, tap: Tap) -> int:
         return channel_axis(self.graph, tap.edge, tap.shape) if tap.axis is None else tap.axis
 
-    def keep(self, recorder: Recorder) -> None:
-        """Values of tensors, for promises."""
+    def keep(self, recorder: Recorder, promised: Wanted | None) -> None:
+        """Values of tensors: for an audit, and those that are ``promised`` to rules."""
+        start = 0 if self.recording is None else self.recording.start
         self.recorded = list(recorder.values(self.graph.recorded()))
         for node, number, value in self.recorded:
             edge = self.graph.edge(node, number)
             if edge is not None:
-                self.captured[edge] = (value, value._version)
+                self.seen[edge] = (value, value._version)
+                if promised is not None and (node._sequence_nr() - start, number) in promised:
+                    self.captured[edge] = self.seen[edge]
 
     def observe(self, name: str, parameter: Tensor) -> None:
         """Ask for the relevance of a parameter."""
@@ -567,7 +585,7 @@ class _Run:
 
     def _together(self, numbers: Sequence[int], check: bool) -> list[Explanation]:
         """One pass for several seeds; where an operation cannot take several at once, one pass for each."""
-        if len(numbers) > 1 and not self.alone:
+        if len(numbers) > 1 and not self.alone and not self.audit:
             half = 0
             try:
                 return self._batched(numbers)
@@ -607,6 +625,8 @@ class _Run:
         ledger = explanation.ledger
         explanation.value = self.values[number]
         ledger._output = explanation.value.sum(dtype=torch.promote_types(explanation.value.dtype, torch.float32))
+        if self.auditor is not None:
+            explanation.audit, self.auditor = self.auditor.audit(explanation.value.dtype), None
         if ledger.unresolved and ledger.closes:
             ledger.unresolved.clear()  # constants that nobody kept add up to nothing: paddings and masks
         return explanation
@@ -639,14 +659,19 @@ class _Run:
         """The rule of every operation and the keeper of every promise, without touching data."""
         self.plan = plan = self.plan or self._settled()
         keep = self._keep()
-        ledger = Ledger()
+        ledger = AuditedLedger() if self.audit else Ledger()
         promises = Promises(self.graph, plan.consumers, self.captured, self.wide)
         places = Paths(self._running)
         ledger._path = places.path
         expand = Expander(self.composite, self.on_unknown, ledger, places)
+        auditor = None
+        if isinstance(ledger, AuditedLedger):
+            seen = {**self.captured, **self.seen}
+            auditor = Auditor(plan, self.graph, seen, ledger, places.path, self.root)
         walk = Walk(
-            plan, self.graph, promises, ledger, expand, masks=masks, check=check, release=release, wide=self.wide
-        )
+            plan, self.graph, promises, ledger, expand, masks=masks, check=check, release=release, wide=self.wide,
+            auditor=auditor,
+        )  # fmt: skip
         tables = [rows.table for _, rows in self.wanted if rows is not None and rows.table is not None]
         values = (plan.activation(edge) for edge in (*keep, *masks))
         try:
@@ -664,6 +689,7 @@ class _Run:
         sequences = {edge: self.graph.nodes[edge.node]._sequence_nr() for edge in sources}
         if release:
             self.graph.forget()
+        self.auditor = walk.auditor
         arrived = walk.run(start, self.root, keep)
 
         def read(edge: Edge | None) -> Tensor | None:
@@ -676,6 +702,8 @@ class _Run:
         for source in sources:
             value = found[source]
             if value is not None and source in plan.ends:
+                if walk.auditor is not None:
+                    walk.auditor.leaves(source)
                 ledger.book("inputs", self.graph.names[source.node], sequences[source], value.sum())
         results: list[Tensor | None] = []
         for group, shape in zip(self.groups, self.shapes, strict=True):
@@ -828,6 +856,7 @@ class _Request:
     on_unknown: OnUnknown
     frozen: bool
     wide: Wide | None
+    audit: bool = False
 
     def forward(self, record: Wanted | None = None, release: bool = True) -> list[tuple[_Run, list[int]]]:
         """Run the model and gather what is wanted; the values of the tensors in ``record`` are kept on the way.
@@ -847,7 +876,8 @@ class _Request:
             frozen = frozen_parameters(self.model) if self.frozen else []
             names = self._parameter_names()
             aliases = Aliases(frozen, [self.model.get_parameter(n) for n in names]) if frozen else None
-            recorder = None if record is None else Recorder(record)
+            wanted = EVERYTHING if self.audit else record
+            recorder = None if wanted is None else Recorder(wanted)
             saving = nullcontext() if self.wide is None else self.wide.saving()
             with recording.watching(), saving, aliases or nullcontext(), recorder or nullcontext():
                 result = call(self.model, arguments)
@@ -875,8 +905,9 @@ class _Request:
                 run = _Run(seeds, self.composite, self.on_unknown, release, recording, calls, self.wide)
                 runs.append((run, numbers))
                 run.aliases = aliases
+                run.audit = self.audit
                 if recorder is not None:
-                    run.keep(recorder)
+                    run.keep(recorder, record)
                 order: list[int | None] = []
                 ids: list[Tensor] = []
                 for leaf, argument, entry in zip(leaves, given, entries, strict=True):

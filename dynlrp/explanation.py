@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from dynlrp.audit import Audit
 from dynlrp.errors import InputError
 from dynlrp.ledger import Ledger
 from dynlrp.promise import PromiseReport
@@ -44,6 +45,8 @@ class Explanation:
     parameters: dict[str, Tensor | None] = field(default_factory=dict)
     """Relevance of a parameter by name, summed over its uses and the batch; None where it took no part, as
     the parameters of a batch norm that a composite merges into the layer before it."""
+    audit: Audit | None = None
+    """Every local balance, where ``audit=True`` asked for it."""
 
     axes: dict[str, int] = field(default_factory=dict)
     """The axis of ``layers`` that holds the channels, or the heads."""
@@ -102,7 +105,7 @@ class Explanation:
         def all_plain(tree: Any) -> Any:
             return pytree.tree_map(plain, tree)
 
-        return {
+        numbers = {
             "relevance": all_plain(self.relevance),
             "value": self.value.tolist(),
             "composite": self.composite,
@@ -121,6 +124,7 @@ class Explanation:
                 "density": self.promises.density,
             },
         }
+        return numbers if self.audit is None else {**numbers, "audit": self.audit.to_dict()}
 
     def plot(
         self,
@@ -156,7 +160,8 @@ class Explanation:
         entry: str | int | None = None,
         title: str = "Relevance",
     ) -> Path:
-        """Write a picture (``.png``) or a self-contained page with the ledger (``.html``); returns the path.
+        """Write a picture (``.png``) or a self-contained page (``.html``) with the ledger and the audit, where
+        there is one; returns the path.
 
         Arguments are those of :meth:`plot`. ``sample=None`` shows the whole batch; ``image``, ``tokens`` and
         ``values`` then hold one entry per sample (for a batch of one, the entry itself will do).
@@ -184,6 +189,7 @@ class Explanation:
             },
             ledger=self.ledger.accounts,
             output=self.ledger.output,
+            tables=() if self.audit is None else self.audit.tables(),
         )
 
     def _entry(self, entry: str | int | None) -> Tensor:

@@ -129,9 +129,14 @@ class Ledger:
         return abs(self.residual) / largest if largest else abs(self.residual)
 
     @property
+    def tolerance(self) -> float:
+        """How large the error may be: 1e-4, or 1e-10 for float64 models."""
+        return 1e-10 if self._output.dtype == torch.float64 else 1e-4
+
+    @property
     def closes(self) -> bool:
-        """Whether everything is accounted for, to 1e-4 (1e-10 for float64 models)."""
-        return self.error <= (1e-10 if self._output.dtype == torch.float64 else 1e-4)
+        """Whether everything is accounted for, to the tolerance."""
+        return self.error <= self.tolerance
 
     def by_operation(self) -> dict[tuple[str, str], float]:
         """Amount by (account, operation name)."""

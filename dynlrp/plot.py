@@ -21,6 +21,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import json
 import math
 import zlib
@@ -39,7 +40,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Steps", "Tokens", "colours", "heatmap", "matrix", "save", "series", "tokens_figure", "tokens_html"]
+__all__ = [
+    "Steps", "Table", "Tokens", "balances", "colours", "heatmap", "matrix", "save", "series", "tokens_figure",
+    "tokens_html",
+]  # fmt: skip
 
 Values = torch.Tensor | npt.ArrayLike
 Floats = npt.NDArray[np.float64]
@@ -324,6 +328,73 @@ def matrix(
     return figure
 
 
+_PALETTE = ("#3c6fb4", "#e0912f", "#4a9c6d", "#c1432e", "#8e6bb0", "#7a8793", "#b59a2d", "#5fb3c4")
+
+
+def balances(
+    names: Sequence[str],
+    incoming: Sequence[float | None],
+    parts: Mapping[str, Sequence[float]],
+    *,
+    title: str | None = None,
+) -> Figure:
+    """What came into each of several places, and what of it ended there, as horizontal bars.
+
+    Args:
+        names: N places, from top to bottom.
+        incoming: N amounts; None is unknown.
+        parts: kind -> N amounts that ended there, stacked to the right of zero, or to the left where negative.
+    """
+    if {len(incoming), *map(len, parts.values())} != {len(names)} or not names:
+        raise ValueError(f"{len(names)} names need as many amounts of each kind")
+    known = _array([amount or 0.0 for amount in incoming], "incoming")
+    ended = {kind: _array(amounts, kind) for kind, amounts in parts.items()}
+    line, foot, head = 0.24, 0.35, 0.6
+    left = 0.35 + 0.075 * max(map(len, names))
+    tall = line * len(names)
+    figure = _figure(left + 8.2, tall + foot + head, title)
+    for place, text in enumerate(("came in", "ended there")):
+        axes = _axes(figure, left + place * 4.1, foot, 3.9, tall)
+        axes.set(ylim=(len(names) - 0.5, -0.5), yticks=range(len(names)))
+        axes.set_yticklabels([] if place else names, parse_math=False)
+        axes.set_title(text, size=9.5, pad=26 if ended else 6, loc="left", color=_QUIET)
+        axes.grid(axis="x", color=_RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.axvline(0, color=_QUIET, linewidth=0.8)
+        axes.locator_params(axis="x", nbins=6)
+        if not place:
+            axes.barh(range(len(names)), known, height=0.62, color="#9bb4d6")
+            for row, amount in enumerate(incoming):
+                if amount is None:
+                    axes.text(0, row, " unknown", size=8, va="center", color=_QUIET)
+            continue
+        ends = np.zeros((2, len(names)))
+        for kind, amounts, colour in zip(ended, ended.values(), itertools.cycle(_PALETTE), strict=False):
+            side = (amounts < 0).astype(int)
+            start = ends[side, np.arange(len(names))]
+            axes.barh(range(len(names)), amounts, left=start, height=0.62, color=colour, label=kind)
+            ends[side, np.arange(len(names))] += amounts
+        if ended:
+            axes.legend(
+                loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=len(ended), fontsize=8, frameon=False,
+                handlelength=1, columnspacing=1.1, handletextpad=0.4, borderpad=0.2, labelcolor=_QUIET,
+            )  # fmt: skip
+    return figure
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A table of texts as a part of a page: a label and a text per column in every line."""
+
+    title: str
+    columns: Sequence[str]
+    lines: Sequence[tuple[str, Sequence[str]]]
+    notes: Sequence[str] = ()
+    """Lines of text below."""
+    folded: bool = False
+    """Shown only when clicked."""
+
+
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """Words with their relevance, as a panel of :func:`save`; the fields are as in :func:`tokens_html`."""
@@ -504,6 +575,7 @@ def save(
     facts: Mapping[str, object] | None = None,
     ledger: Mapping[str, float] | None = None,
     output: float | None = None,
+    tables: Sequence[Table] = (),
 ) -> Path:
     """Write panels to one PNG, or to one self-contained HTML page, and return its path.
 
@@ -514,6 +586,7 @@ def save(
         facts: short facts under the heading (model, target, value, time); in a page only.
         ledger: account -> amount, in units of the output, as a table; in a page only.
         output: the output that the accounts add up to, for the share of each; their sum by default.
+        tables: more tables below the ledger; in a page only.
 
     Raises:
         ValueError: another suffix, or no panel for a PNG.
@@ -542,7 +615,7 @@ def save(
         environment.filters["share"] = lambda value: f"{round(value, 3) + 0.0:.1%}"
         page = environment.from_string(Path(__file__).with_name("page.html").read_text("utf-8"))
         shown = [Markup(_fragment(panel)) for panel in panels]
-        text = page.render(title=title, facts=facts, panels=shown, ledger=ledger, output=total)
+        text = page.render(title=title, facts=facts, panels=shown, ledger=ledger, output=total, tables=tables)
         path.write_text(text, encoding="utf-8")
     else:
         problem = "a PNG needs a panel" if path.suffix.lower() == ".png" else "the suffix must be .png or .html"

@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from dynlrp.auditor import Auditor
 from dynlrp.errors import BrokenPromiseError, DynLRPError, FreedGraphError, NonFiniteError, RuleError
 from dynlrp.graph import CHANGED, FREED, Edge, Graph, fit, saved, vjp
 from dynlrp.ledger import Ledger
@@ -117,6 +118,11 @@ class LiveStep:
     def expand(self, function: Replay, values: Sequence[Tensor | None], grads: Grads) -> Sequence[Tensor | None]:
         return self._walk.expand(self, function, values, grads)
 
+    @property
+    def auditor(self) -> Auditor | None:
+        """Who watches this operation."""
+        return self._walk.auditor if self.plan.travels else None
+
     def settle(self, operand: int | None, number: int = 0) -> str:
         """Find a keeper for an operand, or for an output of this number; returns why there is none."""
         key = (operand, number)
@@ -169,6 +175,7 @@ class Walk:
         check: bool = False,
         release: bool = False,
         wide: Wide | None = None,
+        auditor: Auditor | None = None,
     ) -> None:
         self.plan = plan
         self.graph = graph
@@ -181,12 +188,16 @@ class Walk:
         self.release = release
         self.wide = wide
         self.vjp = vjp if wide is None else wide.vjp
+        self.auditor = auditor
+        self._looks = check or auditor is not None
         self._live: dict[int, LiveStep] = {}
         self._slots: dict[int, list[Tensor | None]] = {}
 
     def settle(self, edges: Sequence[Edge]) -> None:
         """Find a keeper for every promise, those for the values of ``edges`` among them, or raise
         :class:`BrokenPromiseError` naming each that is broken."""
+        if self.auditor is not None:
+            self.auditor.settle()
         broken: list[str] = []
         for step in self.plan.settling:
             live = self._step(step)
@@ -246,12 +257,14 @@ class Walk:
 
     def _run(self, seed: Tensor, root: Edge, keep: Sequence[Edge]) -> dict[Edge, Tensor]:
         arrived: dict[Edge, Tensor] = {}
-        slots, nodes, careful = self._slots, self.graph.nodes, self.check
+        slots, nodes, looks, auditor = self._slots, self.graph.nodes, self._looks, self.auditor
         self._receive(root.node, root.output, seed, nodes[root.node]._input_metadata)
         for step in self.plan.steps:
             grads = slots.pop(step.index, None)
             chain = step.chain
             if grads is not None:
+                if auditor is not None:
+                    auditor.arrive(step, grads)
                 if step.kept:
                     self._hold_back(step.index, grads, step.travels)
                     arrived.update((Edge(step.index, n), g) for n, g in enumerate(grads) if g is not None)
@@ -266,7 +279,7 @@ class Walk:
                         for index in chain:
                             node = nodes[index]
                             value = node(value) if self.wide is None else cast(Tensor, self.vjp(node, [value])[0])
-                            if careful:
+                            if looks:
                                 self._look(step, index, 0, value)
                         place, output = cast(Edge, step.target)
                         self._receive(place, output, value, nodes[place]._input_metadata)
@@ -281,9 +294,13 @@ class Walk:
         for index in {edge.node for edge in keep}:
             row = slots.get(index)
             if row is not None:
+                if auditor is not None:
+                    auditor.end(index, row)
                 self._hold_back(index, row, True)
                 arrived.update((Edge(index, n), g) for n, g in enumerate(row) if g is not None)
         self.ledger.settle()
+        if auditor is not None:
+            auditor.close()
         return arrived
 
     def _hold_back(self, index: int, grads: list[Tensor | None], travels: bool) -> None:
@@ -338,7 +355,7 @@ class Walk:
         dtype = expected.dtype if self.wide is None else self.wide.of(expected.dtype)
         if value.dtype is not dtype or expected.is_nested_tensor or list(value.shape) != expected.shape:
             value = self._fit(step, link.position, value, expected, dtype)
-        if self.check:
+        if self._looks:
             self._look(step, step.index, link.position, value)
         if link.account:
             self._book(step, live, link, value, link.account)
@@ -364,7 +381,9 @@ class Walk:
         return True
 
     def _look(self, step: StepPlan, index: int, position: int, value: Tensor) -> None:
-        if not bool(torch.isfinite(value).all()):
+        if self.auditor is not None:
+            self.auditor.leave(step, index, position, value)
+        if self.check and not bool(torch.isfinite(value).all()):
             raise NonFiniteError(
                 f"relevance is not finite first behind operand {position} of {self._place(index)} "
                 f"(rule {type(step.rule).__name__})"

@@ -253,6 +253,14 @@ def test_fallbacks_are_listed_and_booked() -> None:
     assert ledger.accounts["held back"] == pytest.approx(-2 * float(passed), rel=1e-10)
 
 
+def test_constants_of_the_target_are_constants() -> None:
+    explanation = explain(LAYER, X, lambda y: torch.where(y > 0, y, 0.5).sum(1) + 3.0)
+    adds_up(explanation, 1e-12)
+    replaced = int((LAYER(X) <= 0).sum())
+    assert replaced
+    assert account(explanation, "constants") == pytest.approx(0.5 * replaced + 2 * 3.0, rel=1e-12)
+
+
 def test_repr_shows_every_account() -> None:
     text = repr(explain(LAYER, X, 2).ledger)
     for name in (*ACCOUNTS, "output", "residual", "closes"):
