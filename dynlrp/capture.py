@@ -49,12 +49,12 @@ class Tensors:
     versions: tuple[int, ...]
 
     @classmethod
-    def of(cls, tree: Any) -> Tensors:
-        """Of all tensors in nested containers."""
+    def of(cls, tree: Any, attached: bool) -> Tensors:
+        """Of all tensors in nested containers; ``attached`` ones stay part of the graph."""
         tensors = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
         return cls(
             tuple(get_gradient_edge(tensor)[:2] if tensor.requires_grad else None for tensor in tensors),
-            tuple(tensor.detach() for tensor in tensors),
+            tuple(tensor if attached else tensor.detach() for tensor in tensors),
             tuple(tensor._version for tensor in tensors),
         )
 
@@ -91,11 +91,13 @@ class _Open(NamedTuple):
 class Recording:
     """What one forward pass left behind."""
 
-    def __init__(self, model: Any, layers: Sequence[str], composite: Composite) -> None:
+    def __init__(self, model: Any, layers: Sequence[str], composite: Composite, attached: bool = False) -> None:
+        """``attached``: what is kept stays part of the graph."""
         self._model = model
         self.start = 0
         """Sequence number when the forward pass began."""
         self._composite = composite
+        self._attached = attached
         self._running: Frame | None = None
         self._events: list[tuple[int, Frame | None]] = []
         """Sequence number and what ran from there on, at every entry and exit of a module."""
@@ -195,7 +197,7 @@ class Recording:
             paths = self._paths(self._running)
             _, rule = self._composite.scope(paths, self.matched)
             if rule is not None:
-                inputs = Tensors.of((args, kwargs))  # which may record views anew, outside of the step
+                inputs = Tensors.of((args, kwargs), self._attached)  # which may record views anew, outside of the step
                 self._open = _Open(self._running, paths, _sequence(), inputs)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -203,7 +205,7 @@ class Recording:
             if threading.get_ident() != thread or opened is None or self._running is opened.frame:
                 return
             self._open = None
-            outputs = Tensors.of(output)
+            outputs = Tensors.of(output, self._attached)
             self._calls.append(Call(module, opened.modules, opened.start, _sequence(), opened.inputs, outputs))
 
         for module, name in [(module, name) for name, module in self._model.named_modules()]:
@@ -250,7 +252,7 @@ class Recording:
         if tensor is None:
             return
         node, number = get_gradient_edge(tensor)[:2]
-        value = tensor.detach()
+        value = tensor if self._attached else tensor.detach()
         self.outputs.setdefault(name, []).append((node, number, value, value._version))
 
 
@@ -495,8 +497,14 @@ def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [copy for copy in copies if copy is not None]
 
 
+class State:
+    """``keep`` it, once all is well, where the forward pass was the caller's own."""
+
+    keep = False
+
+
 @contextmanager
-def same_state(buffers: list[Buffer], allow_training: bool) -> Iterator[None]:
+def same_state(buffers: list[Buffer], allow_training: bool) -> Iterator[State]:
     """Put buffers and random states back. A forward that draws random numbers is an error unless that is allowed."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     states: list[tuple[Any, Callable[[], Any], Callable[[Any], object], Callable[[Any, Any], bool]]] = [
@@ -510,21 +518,22 @@ def same_state(buffers: list[Buffer], allow_training: bool) -> Iterator[None]:
     ]
     copies = _copies([buffer for _, _, buffer in buffers])
     kept = [(*entry, entry[2]._version, value) for entry, value in zip(buffers, copies, strict=True)]
-    drawn = False
+    drawn, state = False, State()
     try:
-        yield
+        yield state
     finally:
-        for before, get, put, same in states:
-            if not same(before, get()):
+        changed = [(before, put) for before, get, put, same in states if not same(before, get())]
+        drawn = bool(changed)
+        if not state.keep or (drawn and not allow_training):
+            for before, put in changed:
                 put(before)
-                drawn = True
-        with torch.no_grad():
-            for module, name, buffer, version, value in kept:
-                module._buffers[name] = buffer
-                value = value if value.shape == buffer.shape else value.view(buffer.shape)
-                # Kernels of batch statistics write without counting a version.
-                if buffer._version != version or (allow_training and not torch.equal(buffer, value)):
-                    buffer.copy_(value)
+            with torch.no_grad():
+                for module, name, buffer, version, value in kept:
+                    module._buffers[name] = buffer
+                    value = value if value.shape == buffer.shape else value.view(buffer.shape)
+                    # Kernels of batch statistics write without counting a version.
+                    if buffer._version != version or (allow_training and not torch.equal(buffer, value)):
+                        buffer.copy_(value)
     if drawn and not allow_training:
         raise TrainingModeError(
             "the forward pass drew random numbers (dropout as a function, sampling): its explanation would be of one "

@@ -35,6 +35,11 @@ class BrokenPromiseError(DynLRPError):
     """A rule needs an activation that the graph did not keep and that cannot be recomputed."""
 
 
+class NotDifferentiableError(DynLRPError):
+    """Relevance was to be differentiated (``create_graph=True``) through an operation that cannot be differentiated
+    twice."""
+
+
 class FreedGraphError(DynLRPError):
     """The graph's saved tensors are gone: a backward pass without ``retain_graph=True`` went before."""
 

@@ -16,7 +16,7 @@ from dynlrp.errors import NoPathError, UnknownOperationError
 from dynlrp.graph import Edge, Graph
 from dynlrp.ledger import Ledger
 from dynlrp.plan import Kind, UnknownNodes, make_plan
-from dynlrp.promise import Promises
+from dynlrp.promise import Promises, plain
 from dynlrp.rules.operation import REGISTRY, Grads, Replay, divide, dot
 from dynlrp.walk import LiveStep, Walk
 
@@ -65,9 +65,10 @@ class Expander:
         """Multipliers of the operands from those of the outputs."""
         results: list[Tensor | None] = [None] * len(values)
         self.paths.runs_again(step.node._sequence_nr())
+        attached = torch.is_grad_enabled()
         recorder = Recorder()
         with torch.enable_grad(), temporarily_clear_interpreter_stack():  # multipliers of many targets are vmapped
-            leaves = [_leaf(value) for value in values]
+            leaves = [_leaf(value, attached) for value in values]
             with recorder:
                 made = function(step, *leaves)
                 outputs = made if isinstance(made, tuple) else (made,)
@@ -81,7 +82,9 @@ class Expander:
             step.book("held back", dot(start, root))
             return results
         node, number = get_gradient_edge(root)[:2]
-        graph = Graph(node)
+        graph = Graph(
+            node, ends={leaf.grad_fn: leaf for leaf in leaves if leaf is not None and leaf.grad_fn is not None}
+        )
         edges = [None if leaf is None or not leaf.requires_grad else _edge(graph, leaf) for leaf in leaves]
         present = [(place, edge) for place, edge in enumerate(edges) if edge is not None]
         signals = step.signals if step.plan.travels else step.wants
@@ -108,11 +111,13 @@ class Expander:
         except UnknownNodes as error:
             path = self.paths.path(step.node._sequence_nr())
             raise UnknownOperationError([(name, path) for _, name in error.nodes], error.reasons) from None
-        captured = {
-            edge: (value, value._version)
+        recorded = {
+            edge: value
             for made_by, output, value in recorder.values(graph.nodes)
             if (edge := graph.edge(made_by, output)) is not None
         }
+        captured = {} if attached else {edge: (value, value._version) for edge, value in recorded.items()}
+        promises = Promises(graph, plan.consumers, captured, unlinked=recorded if attached else {})
         # What leads to observed weights alone is in no account.
         expander = self if step.plan.travels else Expander(self.composite, self.on_unknown, Ledger(), self.paths)
         auditor = step.auditor
@@ -126,14 +131,17 @@ class Expander:
         for place, edge in wanted:
             m, leaf = arrived.get(edge), leaves[place]
             if m is not None and leaf is not None and edge in plan.relevance_edges:
-                m = divide(m, leaf.detach().conj(), 0.0)
+                m = divide(m, plain(leaf).conj(), 0.0)
             results[place] = m
         return results
 
 
-def _leaf(value: Tensor | None) -> Tensor | None:
+def _leaf(value: Tensor | None, attached: bool) -> Tensor | None:
+    """An operand of the re-run; ``attached``: it stays part of the graph that it comes from."""
     if value is None:
         return None
+    if attached and value.requires_grad:
+        return value.clone()
     value = value.detach()
     return value.requires_grad_() if value.is_floating_point() or value.is_complex() else value
 

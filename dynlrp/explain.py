@@ -42,12 +42,12 @@ from dynlrp.errors import (
 )
 from dynlrp.expansion import Expander, Paths
 from dynlrp.explanation import Explanation
-from dynlrp.graph import CHANGED, FREED, Edge, Graph, Node, Structure, saved
+from dynlrp.graph import CHANGED, FREED, Edge, Graph, Node, Operands, Structure, saved
 from dynlrp.ledger import Ledger
 from dynlrp.places import ATTENTION, Tap, attention, parse
 from dynlrp.plan import Plan, StepPlan, UnknownNodes, make_plan
 from dynlrp.precision import Wide
-from dynlrp.promise import Operands, Promises
+from dynlrp.promise import Promises
 from dynlrp.rules.operation import REGISTRY, product
 from dynlrp.submodule import Gathered
 from dynlrp.target import Seed, Target, all_targets, find_output, make_seed
@@ -61,6 +61,9 @@ functorch: Any = torch._C._functorch
 
 MEMORY = 2**30
 """Bytes that the multipliers of one pass over many targets may take, roughly."""
+
+
+TWICE = "audit=True and create_graph=True do not go together: relevance is the same in both, so ask twice"
 
 
 def explain(
@@ -77,6 +80,7 @@ def explain(
     on_unknown: OnUnknown = "error",
     allow_training: bool = False,
     audit: bool = False,
+    create_graph: bool = False,
 ) -> Explanation:
     """Explain one output of a model per sample by Layer-wise Relevance Propagation.
 
@@ -110,14 +114,18 @@ def explain(
         allow_training: explain although dropout or batch statistics are active.
         audit: balance every operation and module, in ``explanation.audit``. Every tensor is recorded for that, so it
             takes more memory and time; relevance stays the same.
+        create_graph: relevance (of inputs, layers and parameters) becomes part of a graph of its own, as a function of
+            the parameters and of inputs that require grad, so that it may stand in a loss. What the model returned is
+            in ``explanation.output``, and one ``backward()`` serves both. The forward pass is then the caller's own:
+            where the model trains, batch statistics and random state are left as one call of it leaves them.
 
     Raises:
         DynLRPError: one of its subclasses, saying what is wrong, where, and the cure.
     """
-    (explanation,) = explain_many(
+    ((_, explanation),) = explanations(
         model, inputs, [target], conditions=[condition or {}], composite=composite, layers=layers,
         parameters=parameters, output=output, precision=precision, on_unknown=on_unknown,
-        allow_training=allow_training, audit=audit,
+        allow_training=allow_training, create_graph=create_graph, audit=audit,
     )  # fmt: skip
     return explanation
 
@@ -178,6 +186,7 @@ def explanations(
     on_unknown: OnUnknown = "error",
     allow_training: bool = False,
     audit: bool = False,
+    create_graph: bool = False,
 ) -> Iterator[tuple[int, Explanation]]:
     """The explanations of :func:`explain_many` one by one, each with the number of its pair, as they are ready."""
     rules = composite_named(composite)
@@ -185,18 +194,27 @@ def explanations(
     if chunk is not None and chunk < 1:
         raise InputError(f"chunk must be positive, not {chunk}")
     frozen, buffers = survey(model, allow_training)
+    if precision is not None and create_graph:
+        raise InputError("precision= and create_graph=True do not go together: bring the model to that dtype instead")
+    if audit and create_graph:
+        raise InputError(TWICE)
     wide = None if precision is None else Wide(precision)
     asked = targets if targets == "all" else list(targets)
     request = _Request(
         model, inputs, asked, list(conditions), rules, _names(layers), _names(parameters), output, on_unknown, frozen,
-        wide, audit,
+        wide, audit, create_graph,
     )  # fmt: skip
     done: set[int] = set()
     record: Wanted | None = None
     while True:
-        with same_state(buffers, allow_training):
+        with same_state(buffers, allow_training) as state:
             runs = request.forward(record)
-        for number, explanation in _explained(runs, chunk, done, record is EVERYTHING):
+            found = _explained(runs, chunk, done, record is EVERYTHING)
+            if create_graph:  # the state is kept if all is well
+                ready = list(found)
+                state.keep = bool(ready) and all(explanation.finite() for _, explanation in ready)
+                found = iter(ready)
+        for number, explanation in found:
             if not explanation.finite():
                 with same_state(buffers, allow_training=True):
                     request.diagnose(number)
@@ -205,7 +223,7 @@ def explanations(
         if len(done) == sum(len(numbers) for _, numbers in runs):
             return
         record = _lacking(runs) if record is None else EVERYTHING
-        del runs  # their graph
+        del runs, found  # their graph
 
 
 def _explained(
@@ -237,6 +255,7 @@ def relevance(
     composite: str | Composite = "auto",
     on_unknown: OnUnknown = "error",
     audit: bool = False,
+    create_graph: bool = False,
 ) -> Explanation:
     """Explain a tensor that autograd already has a graph for, beside ordinary backprop.
 
@@ -251,7 +270,10 @@ def relevance(
         composite, on_unknown: as in :func:`explain`.
         audit: balance every operation, in ``explanation.audit``; those whose activations are neither in the graph nor
             to be recomputed are listed as unresolved.
+        create_graph: relevance becomes part of a graph of its own, so that it may stand in a loss beside ``output``.
     """
+    if audit and create_graph:
+        raise InputError(TWICE)
     rules = composite_named(composite)
     _check(on_unknown)
     tensors = [wrt] if isinstance(wrt, Tensor) else list(wrt)
@@ -273,13 +295,13 @@ def relevance(
         seed = make_seed(output, initial)
     else:
         raise InputError("initial must be a floating point tensor of the output's shape")
-    run = _Run([seed], rules, on_unknown, release=False)
+    run = _Run([seed], rules, on_unknown, create_graph=create_graph)
     run.audit = audit
     for number, tensor in enumerate(tensors):
         if isinstance(tensor, nn.Parameter):
             run.observe(str(number), tensor)
         else:
-            run.want(*get_gradient_edge(tensor)[:2], tensor.detach())
+            run.want(*get_gradient_edge(tensor)[:2], tensor if create_graph else tensor.detach())
     (explanation,) = run.explain([0])
     if not explanation.finite():
         run.explain([0], check=True)
@@ -380,7 +402,9 @@ class _Run:
         seeds: Sequence[Seed],
         composite: Composite,
         on_unknown: OnUnknown,
-        release: bool,
+        *,
+        create_graph: bool = False,
+        release: bool = False,
         recording: Recording | None = None,
         calls: Sequence[Call] = (),
         wide: Wide | None = None,
@@ -400,7 +424,8 @@ class _Run:
         self.plan: Plan | None = None
         self.alone = False
         """Some operation cannot take the multipliers of several seeds at once."""
-        self.composite, self.on_unknown, self.release = composite, on_unknown, release
+        self.composite, self.on_unknown = composite, on_unknown
+        self.create_graph, self.release = create_graph, release
         self.recording = recording
         self._running: Callable[[int], tuple[str, ...]] = lambda sequence: ()
         """Paths of the modules that an operation ran in, innermost last, by its number."""
@@ -416,7 +441,9 @@ class _Run:
         """Positions in ``wanted`` per result."""
         self.shapes: list[torch.Size] = []
         self.captured: dict[Edge, tuple[Tensor, int]] = self.graph.values()
-        self.captured[root] = (seeds[0].root.detach(), seeds[0].root._version)
+        whole = seeds[0].root
+        self.captured[root] = (whole if create_graph else whole.detach(), whole._version)
+        self.unlinked: dict[Edge, Tensor] = {}
         self.recorded: list[tuple[Node, int, Tensor]] = []
         self.audit = False
         self.auditor: Auditor | None = None
@@ -428,6 +455,8 @@ class _Run:
         self.taps: dict[str, list[Tap | None]] = {}
         self.leaves: dict[str, Edge | None] = {}
         self.rebuild: Callable[[list[Tensor | None]], Any] = lambda values: values
+        self.output: Any = None
+        """What the model returned, where relevance is to stand in a loss beside it."""
 
     def want(self, node: Node, number: int, value: Tensor) -> int:
         """Ask for the relevance of a tensor of the graph; returns its group number."""
@@ -541,7 +570,9 @@ class _Run:
         self.recorded = list(recorder.values(self.graph.recorded()))
         for node, number, value in self.recorded:
             edge = self.graph.edge(node, number)
-            if edge is not None:
+            if edge is not None and self.create_graph:
+                self.unlinked[edge] = value
+            elif edge is not None:
                 self.seen[edge] = (value, value._version)
                 if promised is not None and (node._sequence_nr() - start, number) in promised:
                     self.captured[edge] = self.seen[edge]
@@ -562,7 +593,8 @@ class _Run:
         """The explanations of some seeds, in one pass where that can be."""
         try:
             again = self.aliases if self.aliases is not None and self.aliases.reruns else nullcontext()
-            with torch.no_grad(), torch.autocast(self.starts[0].device.type, enabled=False), again:
+            recording = torch.set_grad_enabled(self.create_graph)
+            with recording, torch.autocast(self.starts[0].device.type, enabled=False), again:
                 return self._together(numbers, check)
         except RuntimeError as error:
             if CHANGED in str(error):
@@ -660,7 +692,7 @@ class _Run:
         self.plan = plan = self.plan or self._settled()
         keep = self._keep()
         ledger = AuditedLedger() if self.audit else Ledger()
-        promises = Promises(self.graph, plan.consumers, self.captured, self.wide)
+        promises = Promises(self.graph, plan.consumers, self.captured, self.wide, self.unlinked)
         places = Paths(self._running)
         ledger._path = places.path
         expand = Expander(self.composite, self.on_unknown, ledger, places)
@@ -729,6 +761,7 @@ class _Run:
             promises=promises.report(visited),
             composite=self.composite.name,
             axes=self.axes,
+            output=self.output,
         )
 
     def _modules(self) -> tuple[tuple[str, ...], ...]:
@@ -857,22 +890,24 @@ class _Request:
     frozen: bool
     wide: Wide | None
     audit: bool = False
+    create_graph: bool = False
 
     def forward(self, record: Wanted | None = None, release: bool = True) -> list[tuple[_Run, list[int]]]:
         """Run the model and gather what is wanted; the values of the tensors in ``record`` are kept on the way.
 
         Returns a run for every tensor that relevance starts from, with the numbers of the pairs it is for.
         """
+        attached = self.create_graph and release  # else it is only to be looked at
         with torch.inference_mode(False), torch.enable_grad():
             leaves, spec = pytree.tree_flatten(as_dicts(self.inputs))
-            given = [_prepare(leaf) for leaf in leaves]
+            given = [_prepare(leaf, attached) for leaf in leaves]
             if not any(isinstance(leaf, Tensor) for leaf in leaves):
                 raise InputError("the inputs hold no tensor")
             arguments = pytree.tree_unflatten(given, spec)
             # Before the model can change them in place.
             entries = [_entry(argument) for argument in given]
             places = list(dict.fromkeys([*self.layers, *(name for c in self.conditions for name in c)]))
-            recording = Recording(self.model, places, self.composite)
+            recording = Recording(self.model, places, self.composite, attached)
             frozen = frozen_parameters(self.model) if self.frozen else []
             names = self._parameter_names()
             aliases = Aliases(frozen, [self.model.get_parameter(n) for n in names]) if frozen else None
@@ -896,13 +931,18 @@ class _Request:
                 for number, target in enumerate(targets):
                     seed = make_seed(found, target)
                     groups.setdefault((id(seed.root), seed.relevance), []).append((number, seed))
+            returned = result if attached else None
             del result, found
             calls = recording.take_calls()
             runs = []
             for group in groups.values():
                 numbers = [number for number, _ in group]
                 seeds = [seed for _, seed in group]
-                run = _Run(seeds, self.composite, self.on_unknown, release, recording, calls, self.wide)
+                run = _Run(
+                    seeds, self.composite, self.on_unknown, create_graph=attached,
+                    release=release and not attached, recording=recording, calls=calls, wide=self.wide,
+                )  # fmt: skip
+                run.output = returned
                 runs.append((run, numbers))
                 run.aliases = aliases
                 run.audit = self.audit
@@ -913,7 +953,7 @@ class _Request:
                 for leaf, argument, entry in zip(leaves, given, entries, strict=True):
                     order.append(None)
                     if entry is not None:
-                        order[-1] = run.want(*entry, leaf.detach())
+                        order[-1] = run.want(*entry, leaf if attached else leaf.detach())
                     elif isinstance(leaf, Tensor) and not argument.is_floating_point() and argument.dtype != torch.bool:
                         order[-1] = -1 - len(ids)
                         ids.append(argument)
@@ -1001,10 +1041,13 @@ def as_dicts(inputs: Any) -> Any:
     return inputs
 
 
-def _prepare(leaf: Any) -> Any:
-    """A copy of an input that the model may do with as it likes; floating point copies are in the graph."""
+def _prepare(leaf: Any, attached: bool) -> Any:
+    """A copy of an input that the model may do with as it likes; floating point copies are in the graph, and if
+    ``attached`` in that of the input."""
     if not isinstance(leaf, Tensor):
         return leaf
+    if attached and leaf.requires_grad:
+        return leaf.clone()
     if leaf.is_floating_point() or leaf.is_complex():
         leaf = leaf.clone() if leaf.is_inference() else leaf.detach()
         return leaf.requires_grad_().clone()

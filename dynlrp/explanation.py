@@ -47,6 +47,9 @@ class Explanation:
     the parameters of a batch norm that a composite merges into the layer before it."""
     audit: Audit | None = None
     """Every local balance, where ``audit=True`` asked for it."""
+    output: Any = None
+    """What the model returned, with its graph, from the forward pass that was explained: for a loss in the same step.
+    Only of ``explain(..., create_graph=True)``."""
 
     axes: dict[str, int] = field(default_factory=dict)
     """The axis of ``layers`` that holds the channels, or the heads."""
@@ -88,7 +91,8 @@ class Explanation:
 
     def finite(self) -> bool:
         """Whether no relevance, and nothing in the ledger, is NaN or infinite."""
-        found = [t for t in pytree.tree_leaves((self.relevance, self.layers, self.parameters)) if isinstance(t, Tensor)]
+        trees = (self.relevance, self.layers, self.parameters)
+        found = [t.detach() for t in pytree.tree_leaves(trees) if isinstance(t, Tensor)]
         totals = [self.value.sum(), *self.ledger.looks()]
         # One look for all, as looking waits for an accelerator.
         if math.isfinite(sum(t.sum(dtype=torch.float64).to(self.value.device) for t in (*found, *totals))):
@@ -204,7 +208,7 @@ class Explanation:
     ) -> Any:
         from dynlrp import plot
 
-        relevance = self._entry(entry)[sample]
+        relevance = self._entry(entry)[sample].detach()
         if tokens is not None:
             if relevance.ndim > 1:
                 relevance = relevance.flatten(1).sum(1)

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dynlrp.rules.operation import REGISTRY, Grads
+from dynlrp.errors import NotDifferentiableError
+from dynlrp.rules.operation import REGISTRY, Grads, follow
+from dynlrp.twice import cuts
 
 Node = Any
 """An autograd node (``torch.autograd.graph.Node`` or a node of a custom function)."""
@@ -88,12 +90,22 @@ class Graph:
     steps: Sequence[Any] = ()
     """Nodes that stand for calls of modules."""
 
-    def __init__(self, root: Node, children: Mapping[Node, Children] | None = None) -> None:
-        """``children`` stand in for the nodes' own ``next_functions``."""
+    def __init__(
+        self,
+        root: Node,
+        children: Mapping[Node, Children] | None = None,
+        ends: Mapping[Node, Tensor] | None = None,
+    ) -> None:
+        """``children`` stand in for the nodes' own ``next_functions``. ``ends`` are nodes at which the graph stops, as
+        if the tensors that they made were leaves."""
         found = [root]
         self._index: dict[Node, int] = {root: 0}
         index, links = self._index, []
         for node in found:  # which grows
+            if ends is not None and node in ends:
+                found[index[node]] = End(node, ends[node])
+                links.append(END)
+                continue
             for child, output in node.next_functions if children is None else children[node]:
                 if child is None:
                     links.append(NOTHING)
@@ -134,12 +146,51 @@ class Graph:
         return Structure(self.skeleton, facts, root, tuple(sources), **wanted)
 
 
+@dataclass(frozen=True, eq=False)
+class End:
+    """Stands for a node at which a graph stops; it looks like that of a leaf."""
+
+    node: Node
+    variable: Tensor
+    next_functions: tuple[()] = ()
+
+    def name(self) -> str:
+        return LEAF
+
+    @property
+    def _input_metadata(self) -> Any:
+        return self.node._input_metadata
+
+    def _sequence_nr(self) -> int:
+        number: int = self.node._sequence_nr()
+        return number
+
+
 def saved(node: Node, name: str | int) -> Any:
     """What a node saved: an attribute of its own; of a custom function, an entry of ``ctx.saved_tensors`` by number or
     an attribute of ``ctx``."""
     if isinstance(name, int):
         return node.saved_tensors[name]
-    return getattr(node, name if isinstance(node, torch._C._FunctionBase) else "_saved_" + name)
+    if isinstance(node, torch._C._FunctionBase):
+        return getattr(node, name)
+    value = getattr(node, "_saved_" + name)
+    if torch.is_grad_enabled() and isinstance(value, Tensor):
+        operation = REGISTRY.get(node.name())
+        if operation is not None and name in operation.statistics:
+            return follow(value, operation.statistics[name](Operands(node), value))
+    return value
+
+
+@dataclass
+class Operands:
+    """The view of a node that functions of an operation get outside a pass."""
+
+    node: Node
+    wide: Any = None
+    """What reads in another precision (:class:`~dynlrp.precision.Wide`)."""
+
+    def saved(self, name: str | int) -> Any:
+        return saved(self.node, name) if self.wide is None else self.wide.saved(self.node, name)
 
 
 def vjp(node: Node, grads: Grads) -> Sequence[Tensor | None]:
@@ -154,6 +205,11 @@ def vjp(node: Node, grads: Grads) -> Sequence[Tensor | None]:
     ]
     result = node.apply(*filled)  # type: ignore[attr-defined]
     result = result if isinstance(result, tuple) else (result,)
+    if torch.is_grad_enabled() and cuts(filled, result):
+        raise NotDifferentiableError(
+            f"relevance cannot be differentiated through {type(node).__name__}: its backward pass leaves autograd. "
+            "Write it in differentiable operations of tensors, without numpy, detach and no_grad."
+        )
     needed = iter([value for value, needs in zip(result, node.needs_input_grad, strict=False) if needs])
     return [None if child is None else next(needed, None) for child, _ in node.next_functions]
 

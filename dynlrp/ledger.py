@@ -51,7 +51,7 @@ class Ledger:
 
     def book(self, account: Account, name: str, sequence: int, amount: Tensor) -> None:
         """Enter a 0-d amount of one operation."""
-        self._amounts.append(amount)
+        self._amounts.append(amount.detach() if amount.requires_grad else amount)
         self._places.append((account, sequence, name))
 
     def book_later(self, account: Account, name: str, sequence: int, multiplier: Tensor, value: Tensor) -> None:
@@ -62,6 +62,8 @@ class Ledger:
         if value.layout is not torch.strided or value.numel() > SMALL:
             self.book(account, name, sequence, inner(multiplier, value.detach()))
         else:
+            if multiplier.requires_grad:
+                multiplier = multiplier.detach()
             self._later.append((account, sequence, name, multiplier, value))
 
     def settle(self) -> None:

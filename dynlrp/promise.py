@@ -12,14 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any, cast
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from dynlrp.errors import BrokenPromiseError
-from dynlrp.graph import CHANGED, LEAF, Edge, Graph, Node, saved
+from dynlrp.graph import CHANGED, LEAF, Edge, Graph, Node, Operands, saved
 from dynlrp.precision import Wide
-from dynlrp.rules.operation import REGISTRY, Operation
+from dynlrp.rules.operation import REGISTRY, Operation, Replay
+from dynlrp.twice import loses
 
 SINCE = "saved was changed in place after the forward pass"
 
@@ -35,8 +40,9 @@ def intact(node: Node, attribute: str | int) -> bool | None:
 
 
 def plain(value: Tensor) -> Tensor:
-    """A saved tensor without its graph. A number is left as it is: dispatch modes take it for a Python number."""
-    return value.detach() if value.requires_grad else value
+    """A tensor as the pass uses it: without its graph, unless relevance is to be differentiated. A number is left as
+    it is: dispatch modes take it for a Python number."""
+    return value.detach() if value.requires_grad and not torch.is_grad_enabled() else value
 
 
 NOWHERE = Edge(-1, 0)
@@ -51,7 +57,7 @@ class Recipe:
     """Saved attribute to read, for a promise that a node keeps."""
     value: Tensor | None = None
     """A leaf or a captured tensor."""
-    replay: Operation | None = None
+    replay: Replay | None = None
     inputs: tuple[Edge | None, ...] = ()
     edge: Edge = NOWHERE
     """What a replay makes: an output of a node."""
@@ -98,15 +104,35 @@ class PromiseReport:
         return f"{self.count} promises, {self.internal} nodes replayed, delta {self.delta}, rho {self.density:.3f}"
 
 
-@dataclass
-class Operands:
-    """The view of a node that replay functions get."""
+class Linked(torch.autograd.Function):
+    """A value that a node made once, as a function of the node's operands: its derivative is the node's own."""
 
-    node: Node
-    wide: Wide | None = None
+    @staticmethod
+    def forward(ctx: Any, node: Node, output: int, value: Tensor, *operands: Tensor | None) -> Tensor:
+        ctx.node, ctx.output = node, output
+        return value.detach()
 
-    def saved(self, name: str | int) -> Any:
-        return saved(self.node, name) if self.wide is None else self.wide.saved(self.node, name)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # By the engine, as a node that is called while the engine runs leaves out what that run does not ask for.
+        edges = [None if child is None else GradientEdge(child, number) for child, number in ctx.node.next_functions]
+        wanted = list(dict.fromkeys(edge for edge in edges if edge is not None))
+        found = torch.autograd.grad(
+            GradientEdge(ctx.node, ctx.output),
+            wanted,
+            grads,
+            retain_graph=True,
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+        passed: dict[GradientEdge | None, Tensor | None] = dict(zip(wanted, found, strict=True))
+        return (None, None, None, *(passed.pop(edge, None) for edge in edges))  # once, where operands are one tensor
+
+
+def link(output: int, value: Tensor, step: Operands, *operands: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A replay that gives ``value`` for one of the outputs."""
+    linked: Tensor = Linked.apply(step.node, output, value, *operands)  # type: ignore[no-untyped-call]
+    return (*[None] * output, linked)
 
 
 class Promises:
@@ -118,13 +144,17 @@ class Promises:
         consumers: Mapping[Edge, list[tuple[int, int]]],
         captured: Mapping[Edge, tuple[Tensor, int]],
         wide: Wide | None = None,
+        unlinked: Mapping[Edge, Tensor] = MappingProxyType({}),
     ) -> None:
+        """``captured`` are values with their versions. ``unlinked`` are values that are no part of a graph, where
+        relevance is to be differentiated: they are joined to the values of their node's operands."""
         self._nodes: list[Node] = graph.nodes
         self._names = graph.names
         self._operands = graph.operands
         self._consumers = consumers
         self._captured = captured
         self._wide = wide
+        self._unlinked = unlinked
         self._recipes: dict[tuple[Edge, bool], Recipe] = {}
         self._replayed: dict[int, list[Recipe]] = {}
         """Recipes of one node's outputs, which one replay makes together."""
@@ -172,9 +202,11 @@ class Promises:
             recipe = self._kept(current, False)
             if recipe is None:
                 operation = REGISTRY.get(self._names[current.node])
-                inputs = self._operands[current.node]
+                inputs, replay = self._operands[current.node], None if operation is None else operation.replay
                 obstacle = self._obstacle(operation, current.node)
-                if obstacle or operation is None:
+                if current in self._unlinked:
+                    obstacle, replay = "", partial(link, current.output, self._unlinked[current])
+                if obstacle or replay is None:
                     recipe = Recipe(broken=obstacle)
                     self.missing.add(current)
                 else:
@@ -190,7 +222,7 @@ class Promises:
                         length = 1 + max((r.length for r in below), default=0)
                         recipe = Recipe(
                             self._nodes[current.node],
-                            replay=operation,
+                            replay=replay,
                             inputs=inputs,
                             edge=current,
                             length=length,
@@ -208,6 +240,8 @@ class Promises:
         name = self._names[index]
         if operation is None or operation.replay is None:
             return f"{name} cannot be recomputed"
+        if torch.is_grad_enabled() and loses(self._nodes[index]):
+            return f"{name} cannot be recomputed by what it saved: {loses(self._nodes[index])}"
         if self._hidden(operation, index):
             return f"{name} adds a constant that the graph did not record"
         return self._lost(operation, index)
@@ -233,7 +267,7 @@ class Promises:
         """Someone who holds the tensor itself."""
         node, name = self._nodes[edge.node], self._names[edge.node]
         if name == LEAF:
-            return Recipe(value=node.variable.detach())
+            return Recipe(value=plain(node.variable))
         captured = self._captured.get(edge)
         if captured is not None and captured[0]._version == captured[1]:
             return Recipe(value=captured[0])
@@ -288,14 +322,13 @@ class Promises:
                 stack.extend(missing)
                 continue
             values = [None if r is None else self._at_hand(r) for r in below]
-            assert current.replay.replay is not None
-            made = current.replay.replay(Operands(current.node, self._wide), *values)
+            made = current.replay(Operands(current.node, self._wide), *values)
             if not isinstance(made, tuple | list):
                 made = (made,)
             if current.edge.output >= len(made):
                 raise BrokenPromiseError(f"{current.node.name()} recomputes its first output alone")
             for output in self._replayed[current.edge.node]:
-                if output.waiting and output.kept is None:
+                if output.waiting and output.kept is None and output.replay is current.replay:
                     value = made[output.edge.output]
                     # As the forward pass rounded it.
                     output.kept = (

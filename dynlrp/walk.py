@@ -9,13 +9,21 @@ import torch
 from torch import Tensor
 
 from dynlrp.auditor import Auditor
-from dynlrp.errors import BrokenPromiseError, DynLRPError, FreedGraphError, NonFiniteError, RuleError
+from dynlrp.errors import (
+    BrokenPromiseError,
+    DynLRPError,
+    FreedGraphError,
+    NonFiniteError,
+    NotDifferentiableError,
+    RuleError,
+)
 from dynlrp.graph import CHANGED, FREED, Edge, Graph, fit, saved, vjp
 from dynlrp.ledger import Ledger
 from dynlrp.plan import Link, Plan, StepPlan
 from dynlrp.precision import Wide
 from dynlrp.promise import SINCE, Promises, intact, plain
 from dynlrp.rules.operation import Account, Grads, Replay, divide, dot, inner, masked_product, product
+from dynlrp.twice import has_dead_end, loses
 
 SMALL = 8192
 """Largest multiplier of a leaf that is kept as it is, to be summed to the leaf's shape when somebody asks."""
@@ -190,6 +198,10 @@ class Walk:
         self.vjp = vjp if wide is None else wide.vjp
         self.auditor = auditor
         self._looks = check or auditor is not None
+        self.twice = torch.is_grad_enabled()
+        """Relevance itself is recorded, to be differentiated."""
+        self._begun = 0
+        """The first sequence number of what the current step records."""
         self._live: dict[int, LiveStep] = {}
         self._slots: dict[int, list[Tensor | None]] = {}
 
@@ -254,10 +266,11 @@ class Walk:
             return self._run(seed, root, keep)
         finally:
             self._live.clear()  # which know this walk
+            self._slots.clear()
 
     def _run(self, seed: Tensor, root: Edge, keep: Sequence[Edge]) -> dict[Edge, Tensor]:
         arrived: dict[Edge, Tensor] = {}
-        slots, nodes, looks, auditor = self._slots, self.graph.nodes, self._looks, self.auditor
+        slots, nodes, looks, auditor, twice = self._slots, self.graph.nodes, self._looks, self.auditor, self.twice
         self._receive(root.node, root.output, seed, nodes[root.node]._input_metadata)
         for step in self.plan.steps:
             grads = slots.pop(step.index, None)
@@ -269,6 +282,8 @@ class Walk:
                     self._hold_back(step.index, grads, step.travels)
                     arrived.update((Edge(step.index, n), g) for n, g in enumerate(grads) if g is not None)
                 index = step.index
+                if twice:
+                    self._begin(step)
                 try:
                     if not chain:
                         self._visit(step, grads)
@@ -357,6 +372,11 @@ class Walk:
             value = self._fit(step, link.position, value, expected, dtype)
         if self._looks:
             self._look(step, step.index, link.position, value)
+        if self.twice and has_dead_end(value, self._begun):
+            raise NotDifferentiableError(
+                f"relevance cannot be differentiated through {self._place(step.index)}: PyTorch has no derivative of "
+                f"its backward pass. Write it in other operations, or explain without create_graph."
+            )
         if link.account:
             self._book(step, live, link, value, link.account)
         if link.passes:
@@ -379,6 +399,14 @@ class Walk:
         amount = amount.sum(dtype=torch.promote_types(amount.dtype, torch.float32))
         self.ledger.book(link.account, step.name, self._sequence(step), amount)
         return True
+
+    def _begin(self, step: StepPlan) -> None:
+        self._begun = torch._C._autograd._get_sequence_nr()
+        problem = loses(self.graph.nodes[step.index])
+        if problem:
+            raise NotDifferentiableError(
+                f"relevance cannot be differentiated through {self._place(step.index)}: {problem}"
+            )
 
     def _look(self, step: StepPlan, index: int, position: int, value: Tensor) -> None:
         if self.auditor is not None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlrp.rules.operation import Grads, Operation, Rule, Step, dot, inner, register
+from dynlrp.errors import NotDifferentiableError
+from dynlrp.rules.operation import Grads, Operation, Rule, Step, dot, follow, inner, register
 from dynlrp.rules.shape import number
 
 
@@ -41,9 +42,10 @@ class Attention(Rule):
         output = grads[0]
         if output is None:
             return [None] * len(step.wants)
+        own = _twice(step, output, step.vjp(grads)) if torch.is_grad_enabled() else step.vjp(grads)
         query, key, value = step.signals[:3]
         if not (query or key or value):  # weights alone lie behind it
-            return step.vjp(grads)
+            return own
         scores = self.scores if value and (query or key) else float(not value)
         both = query and key
         shares = [
@@ -53,7 +55,6 @@ class Attention(Rule):
             scores,
         ]
         results: list[Tensor | None] = [None] * len(step.wants)
-        own = step.vjp(grads)
         self._book(step, output, own, scores)
         for position, (m, share) in enumerate(zip(own, shares, strict=False)):
             if m is not None and step.wants[position] and share:
@@ -75,6 +76,48 @@ class Attention(Rule):
             mask = step.saved(step.operation.saved[3])  # infinite where nothing passes
             offset = offset - dot(bias, torch.where(bias == 0, 0.0, mask))
         step.book("offsets", scores * offset)
+
+
+BIASES = {
+    "ScaledDotProductFlashAttentionForCpuBackward0": "attn_mask",
+    "ScaledDotProductCudnnAttentionBackward0": "attn_bias",
+    "ScaledDotProductEfficientAttentionBackward0": "attn_bias",
+    "ScaledDotProductFusedAttentionOverrideableBackward0": "attn_bias",
+}
+"""Where kernels keep what they add to the scores."""
+
+
+def _twice(step: Step, g: Tensor, own: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The kernel's backward, followed by the same in plain operations, as the kernels have no second derivative. All
+    attention weights are in memory then. Kernels for sequences of several lengths are left as they are."""
+    if not step.name.startswith("ScaledDotProduct"):
+        return own
+    if step.saved("dropout_p"):
+        raise NotDifferentiableError(
+            f"relevance cannot be differentiated through the dropout of {step.name}, whose draw the kernel does not "
+            f"tell: set the attention's dropout to 0"
+        )
+    q, k, v = (step.saved(name) for name in ("query", "key", "value"))
+    scale = step.saved("scale")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    times = q.shape[1] // k.shape[1]  # queries that share a head of keys
+    keys, values = (x.repeat_interleave(times, 1) if times > 1 else x for x in (k, v))
+    scores = q @ keys.mT * scale
+    if step.saved("is_causal"):
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).tril().logical_not(), -torch.inf)
+    kept = BIASES.get(step.name)
+    bias = None if kept is None else step.saved(kept)
+    if bias is not None:
+        scores = scores + bias
+    p = torch._safe_softmax(scores, -1)
+    m_p = g @ values.mT
+    m_scores = p * (m_p - (p * m_p).sum(-1, keepdim=True))
+    formulas = [m_scores @ keys * scale, m_scores.mT @ q * scale, p.mT @ g]
+    if times > 1:
+        formulas[1:] = (m.unflatten(1, (-1, times)).sum(2) for m in formulas[1:])
+    if bias is not None:
+        formulas.append(m_scores.sum_to_size(bias.shape))
+    return [None if m is None else follow(m, formulas[position]) for position, m in enumerate(own)]
 
 
 @dataclass(frozen=True)

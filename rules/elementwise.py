@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,17 +33,25 @@ from dynlrp.rules.operation import (
     Taylor,
     divide,
     dot,
+    follow,
     linear_operation,
     register,
 )
 from dynlrp.rules.shape import always
+
+NEAR = 0.01
+"""Arguments whose secant has no digits to lose."""
+_at, _weight = np.polynomial.legendre.leggauss(8)
+POINTS: list[tuple[float, float]] = list(zip(((_at + 1) / 2).tolist(), (_weight / 2).tolist(), strict=True))
+"""Places between 0 and 1 with their weights."""
 
 
 class Function(NamedTuple):
     """``value(step, x)`` is the function, ``zero`` and ``slope`` its value and derivative at 0.
 
     ``secant(step, x)``, where given, is the secant through the origin in a form without division, and ``rise(step, x)``
-    is ``f(x) - f(0)`` in a form that keeps its digits near 0.
+    is ``f(x) - f(0)`` in a form that keeps its digits near 0. ``smooth``: on either side of 0, all derivatives exist;
+    ``near`` is the function around 0 where PyTorch's derivatives of ``value`` have no digits there.
     """
 
     value: Callable[[Any, Tensor], Tensor]
@@ -50,6 +59,8 @@ class Function(NamedTuple):
     slope: float | Callable[[Any], float] = 1.0
     secant: Callable[[Any, Tensor], Tensor] | None = None
     rise: Callable[[Any, Tensor], Tensor] | None = None
+    smooth: bool = True
+    near: Callable[[Any, Tensor], Tensor] | None = None
 
     def at_zero(self, step: Any) -> float:
         return self.zero(step) if callable(self.zero) else self.zero
@@ -61,14 +72,33 @@ class Function(NamedTuple):
         """(f(x) - f(0)) / x, and at x = 0 the slope."""
         if self.secant is not None:
             return self.secant(step, x)
+        # Below the smallest normal number the quotient loses its digits; there the slope is exact enough.
+        tiny = x.abs() < torch.finfo(x.dtype).tiny
+        if torch.is_grad_enabled():
+            return self._differentiable(step, x, tiny)
+        return self._quotient(step, x, tiny)
+
+    def _quotient(self, step: Any, x: Tensor, tiny: Tensor) -> Tensor:
         if self.rise is not None:
             rise = self.rise(step, x)
         else:
             rise, zero = self.value(step, x), self.at_zero(step)
             rise = rise - zero if zero else rise
-        # Below the smallest normal number the quotient loses its digits; there the slope is exact enough.
-        tiny = x.abs() < torch.finfo(x.dtype).tiny
         return torch.where(tiny, self.slope_at_zero(step), rise / torch.where(tiny, 1.0, x))
+
+    def _differentiable(self, step: Any, x: Tensor, tiny: Tensor) -> Tensor:
+        """The same, whose derivative (f'(x) - secant) / x keeps its digits near 0 too. There the secant is followed by
+        the mean of f' between 0 and x, which Gauss and Legendre's eight points give exactly."""
+        near = x.abs() < NEAR if self.smooth and not x.is_complex() else tiny
+        secant = self._quotient(step, torch.where(near, x.detach(), x), tiny)
+        if not self.smooth or x.is_complex() or not x.requires_grad or not bool(near.any()):
+            return secant
+        close = torch.where(near, x, 0.0)
+        mean, function = torch.zeros_like(close), self.near or self.value
+        for at, weight in POINTS:
+            t = close * at
+            mean = mean + weight * torch.autograd.grad(function(step, t).sum(), t, create_graph=True)[0]
+        return follow(secant, mean) if bool(near.all()) else torch.where(near, follow(secant, mean), secant)
 
 
 @dataclass(frozen=True)
@@ -174,7 +204,7 @@ elementwise("Log1PBackward0", Function(lambda s, x: torch.log1p(x)))
 elementwise("ErfinvBackward0", Function(lambda s, x: torch.erfinv(x), slope=math.sqrt(math.pi) / 2))
 elementwise("EluBackward0", ELU)
 elementwise("CeluBackward0", CELU)
-elementwise("SoftshrinkBackward0", Function(_softshrink, slope=lambda s: float(s.saved("lambd") == 0)))
+elementwise("SoftshrinkBackward0", Function(_softshrink, slope=lambda s: float(s.saved("lambd") == 0), smooth=False))
 elementwise("SpecialI1Backward0", Function(lambda s, x: torch.special.i1(x), slope=0.5), **BOTH)
 elementwise("SpecialI1EBackward0", Function(lambda s, x: torch.special.i1e(x), slope=0.5), **BOTH)
 # The secant of -x log(x) is infinite at 0, as is that of the square root; nothing passes there.
@@ -187,7 +217,9 @@ elementwise(
     Function(lambda s, x: torch.special.xlog1py(s.saved("self"), x), slope=lambda s: s.saved("self")),
     saved={0: "other"},
 )
-elementwise("SqrtBackward0", Function(lambda s, x: torch.sqrt(x), slope=0.0), result="result", sign="nonnegative")
+elementwise(
+    "SqrtBackward0", Function(lambda s, x: torch.sqrt(x), slope=0.0, smooth=False), result="result", sign="nonnegative"
+)
 
 # f(0) is not 0
 
@@ -227,9 +259,12 @@ def _i0e_rise(step: Any, x: Tensor) -> Tensor:
     return torch.where(x.abs() < 1, near, torch.special.i0e(x) - 1)
 
 
+def _near_sinc(step: Any, x: Tensor) -> Tensor:
+    return _series((math.pi * x).square(), lambda k: -1 / (2 * k * (2 * k + 1)))
+
+
 def _sinc_rise(step: Any, x: Tensor) -> Tensor:
-    near = _series((math.pi * x).square(), lambda k: -1 / (2 * k * (2 * k + 1)))
-    return torch.where(x.abs() < 0.5, near, torch.sinc(x) - 1)
+    return torch.where(x.abs() < 0.5, _near_sinc(step, x), torch.sinc(x) - 1)
 
 
 def _erfcx_rise(step: Any, x: Tensor) -> Tensor:
@@ -318,7 +353,7 @@ elementwise(  # even, with a kink at 0
     sign="nonnegative",
     **BOTH,
 )
-elementwise("SincBackward0", Function(lambda s, x: torch.sinc(x), 1.0, 0.0, rise=_sinc_rise))
+elementwise("SincBackward0", Function(lambda s, x: torch.sinc(x), 1.0, 0.0, rise=_sinc_rise, near=_near_sinc))
 elementwise(
     "SoftplusBackward0",
     Function(
@@ -377,7 +412,7 @@ def _clamp_sign(bounds: Any) -> Sign:
 for _name in ("HardtanhBackward0", "ClampBackward1", "ClampMinBackward0", "ClampMaxBackward0"):
     elementwise(
         _name,
-        Function(_clamp, _clamp_zero, _clamp_slope),
+        Function(_clamp, _clamp_zero, _clamp_slope, smooth=False),
         facts=_bounds,
         sign=_clamp_sign,
         gates=lambda bounds: bounds[0] is not None and bounds[0] == 0,
@@ -397,8 +432,11 @@ class Power(Rule):
         if g is None:
             return [None]
         x = step.operand(0)
-        secant = x if exponent == 2 else x ** (exponent - 1)
-        return [g * (secant if exponent >= 1 else torch.where(x == 0, 0.0, secant)).conj()]
+        if exponent < 1:
+            secant = torch.where(x == 0, 0.0, torch.where(x == 0, 1.0, x) ** (exponent - 1))
+        else:
+            secant = x if exponent == 2 else x ** (exponent - 1)
+        return [g * secant.conj()]
 
 
 register(
@@ -436,6 +474,7 @@ elementwise(  # infinite at 0 unless eps keeps away from it
         lambda s: _logit_of(s.saved("eps")),
         slope=0.0,
         rise=_logit_rise,
+        smooth=False,
     ),
     facts=lambda node: not node._saved_eps,
     holds=lambda infinite: infinite,

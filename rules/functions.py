@@ -82,7 +82,7 @@ elementwise(
 # RecurrentGemma's square root, whose derivative alone is bounded.
 elementwise(
     "SqrtBoundDerivativeBackward",
-    Function(lambda s, x: torch.sqrt(x), slope=0.0),
+    Function(lambda s, x: torch.sqrt(x), slope=0.0, smooth=False),
     saved={0: 0},
     sign="nonnegative",
     **comes_from("transformers.models.recurrent_gemma.modeling_recurrent_gemma"),

@@ -8,14 +8,14 @@ w = v * g / ||v||, is a product of v and g over a constant norm.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynlrp.rules.operation import Grads, Operation, Rule, Step, dot, register
+from dynlrp.rules.operation import Grads, Operation, Rule, Step, dot, follow, register
 from dynlrp.rules.product import Shares
 
 
@@ -53,6 +53,47 @@ class Statistic(Rule):
         return results
 
 
+# Statistics as differentiable functions of the operand, for relevance that is differentiated. ``parts`` bring all that
+# a statistic is taken of into the last dimension.
+
+Parts = Callable[[Any, Tensor], Tensor]
+
+
+def _last(step: Any, x: Tensor) -> Tensor:
+    """The last dimensions of each sample."""
+    return x.flatten(x.ndim - len(step.saved("normalized_shape")))
+
+
+def _channels(step: Any, x: Tensor) -> Tensor:
+    """Batch and space of each channel."""
+    return x.transpose(0, 1).flatten(1)
+
+
+def _groups(step: Any, x: Tensor) -> Tensor:
+    """Groups of channels of each sample."""
+    return x.reshape(step.saved("N"), step.saved("group"), -1)
+
+
+def _mean_of(parts: Parts) -> Callable[[Any, Tensor], Tensor]:
+    def mean(step: Any, value: Tensor) -> Tensor:
+        x: Tensor = parts(step, step.saved("input").to(value.dtype))
+        return x.mean(-1).reshape(value.shape)
+
+    return mean
+
+
+def _inverse_deviation_of(parts: Parts, centred: bool = True) -> Callable[[Any, Tensor], Tensor]:
+    """Nodes do not tell their epsilon; the value does."""
+
+    def rstd(step: Any, value: Tensor) -> Tensor:
+        x = parts(step, step.saved("input").to(value.dtype))
+        x = x - x.mean(-1, keepdim=True) if centred else x
+        square = x.square().mean(-1).reshape(value.shape)
+        return torch.rsqrt(square - square.detach() + value.detach() ** -2)
+
+    return rstd
+
+
 class LayerNorm:
     """The last dimensions of each sample."""
 
@@ -63,6 +104,11 @@ class LayerNorm:
             g, g.new_zeros(()).expand_as(g), step.saved("normalized_shape"), torch.zeros_like(rstd), rstd,
             step.saved("weight"), None, [True, False, False],
         )[0]  # fmt: skip
+        if torch.is_grad_enabled():  # of which autograd's derivative is that at x
+            weight = step.saved("weight")
+            h = g if weight is None else g * weight
+            mean = _last(step, h).mean(-1).reshape(rstd.shape)
+            m = follow(m, (h - mean) * rstd)
         return m
 
     def normalised(self, step: Any) -> Tensor:
@@ -176,14 +222,11 @@ class BatchNorm(PerChannel):
 class GroupNorm(PerChannel):
     """Groups of channels of each sample."""
 
-    def _grouped(self, step: Any, v: Tensor) -> Tensor:
-        return v.reshape(step.saved("N"), step.saved("group"), -1)
-
     def backward(self, step: Step, g: Tensor, total: Tensor | None) -> Tensor:
         weight = step.saved("weight")
         if weight is not None:
             g = g * self._column(weight, g.ndim)
-        m = self._grouped(step, g)
+        m = _groups(step, g)
         rstd: Tensor = step.saved("result2")
         return ((m - m.mean(-1, keepdim=True)) * rstd.unsqueeze(-1)).reshape(g.shape)
 
@@ -199,7 +242,7 @@ class GroupNorm(PerChannel):
 
     def normalised(self, step: Any) -> Tensor:
         x: Tensor = step.saved("input")
-        y: Tensor = (self._grouped(step, x) - step.saved("result1").unsqueeze(-1)) * step.saved("result2").unsqueeze(-1)
+        y: Tensor = (_groups(step, x) - step.saved("result1").unsqueeze(-1)) * step.saved("result2").unsqueeze(-1)
         return y.reshape(x.shape)
 
     def replay(self, step: Any, x: Tensor, w: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,6 +261,7 @@ register(
         operands="+*+",
         saved={0: "input", 2: "bias"},
         hides=lambda facts, present: not present[0],
+        statistics={"result1": _mean_of(_last), "result2": _inverse_deviation_of(_last)},
         replay=_layer.replay,
         math=_layer,
     )
@@ -229,6 +273,7 @@ register(
         rule=Statistic(),
         operands="+*",
         saved={0: "input"},
+        statistics={"result1": _inverse_deviation_of(_last, centred=False)},
         replay=_rms.replay,
         math=_rms,
     )
@@ -252,6 +297,7 @@ for _name in (
             saved={0: "input"},
             facts=lambda node: (_trains(node), node._saved_weight is not None),
             hides=lambda facts, present: not present[0] or (facts[1] and not present[2]),
+            statistics={"result1": _mean_of(_channels), "result2": _inverse_deviation_of(_channels)},
             replay=_batch.replay,
             affine=lambda facts: not facts[0],
             math=_batch,
@@ -266,6 +312,7 @@ register(
         saved={0: "input"},
         facts=lambda node: node._saved_weight is not None,
         hides=lambda weighted, present: not present[0] or (weighted and not present[2]),
+        statistics={"result1": _mean_of(_groups), "result2": _inverse_deviation_of(_groups)},
         replay=_group.replay,
         math=_group,
     )
@@ -295,6 +342,7 @@ register(
         rule=Shares(),
         operands="**",
         saved={0: "v", 1: "g"},
+        statistics={"result1": lambda step, norm: torch.norm_except_dim(step.saved("v"), 2, step.saved("dim"))},
         replay=_weight.replay,
         math=_weight,
     )

@@ -86,7 +86,10 @@ class Step(Protocol):
 
 
 class Rule:
-    """How relevance passes one operation. Subclasses are frozen dataclasses, so that a composite is plain data."""
+    """How relevance passes one operation. Subclasses are frozen dataclasses, so that a composite is plain data.
+
+    With ``create_graph=True`` rules run while autograd records, and what they are given is part of its graph.
+    """
 
     @property
     def families(self) -> frozenset[str]:
@@ -242,6 +245,9 @@ class Operation:
     ``copies(facts)``, where that depends on the node."""
     exact: bool = False
     """One output, and the VJP gives exactly the operand's shape and dtype, with nothing left to reduce or to cast."""
+    statistics: Mapping[str, Callable[[Any, Tensor], Tensor]] = field(default_factory=lambda: MappingProxyType({}))
+    """Saved attributes that depend on operands although autograd keeps them as constants: ``compute(step, value)``
+    is the same number as a differentiable function of the operands, for relevance that is differentiated."""
     facts: Callable[[Any], Hashable] | None = None
     """Reads from a node what a plan must know beyond its name; passed to the callables below."""
     sign: Sign | Callable[[Any], Sign] = ""
@@ -343,7 +349,10 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def masked_product(m: Tensor, x: Tensor) -> Tensor:
     """:func:`product`, and 0 where a mask of ``-inf`` meets a multiplier of 0."""
-    return torch.where((m == 0) & (x == -torch.inf), 0.0, product(m, x))
+    nothing = (m == 0) & (x == -torch.inf)
+    if torch.is_grad_enabled():  # of the infinite product, the derivative is not a number
+        return product(m, torch.where(nothing, 0.0, x))
+    return torch.where(nothing, 0.0, product(m, x))
 
 
 def inner(m: Tensor, x: Tensor) -> Tensor:
@@ -375,6 +384,11 @@ def divide(relevance: Tensor, z: Tensor, epsilon: float, relative: bool = False)
         z = z + torch.where(z < 0, -plus, plus)
     empty = z == 0
     return torch.where(empty, 0.0, relevance / torch.where(empty, 1.0, z)).to(relevance.dtype)
+
+
+def follow(value: Tensor, formula: Tensor) -> Tensor:
+    """``value``, digit by digit, with the derivative of ``formula``, which is the same up to rounding."""
+    return value.detach() + (formula - formula.detach()).to(value.dtype)
 
 
 def blocked(reason: str, *names: str) -> None:

@@ -20,6 +20,7 @@ from dynlrp import (
     InputError,
     NonFiniteError,
     NoPathError,
+    NotDifferentiableError,
     RuleError,
     TargetError,
     TrainingModeError,
@@ -185,6 +186,13 @@ SITUATIONS: dict[str, tuple[type[DynLRPError], Callable[[], Any], Sequence[str]]
         NonFiniteError,
         lambda: explain(nn.Sequential(nn.Linear(4, 4).double(), Apply(lambda x: (x.abs() * 1e5).exp())), X),
         ["ExpBackward0 in 1"],
+    ),
+    "no second derivative": (
+        NotDifferentiableError,
+        lambda: explain(
+            nn.Sequential(nn.Linear(4, 4).double(), Apply(F.pdist)), X, lambda y: y.sum(), create_graph=True
+        ),
+        ["PdistBackward0 in 1", "create_graph"],
     ),
     "0 / 0": (
         NonFiniteError,
