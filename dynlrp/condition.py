@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dynlrp.errors import InputError
 from dynlrp.graph import LEAF, Edge, Graph
-from dynlrp.roles import through_copies
 from dynlrp.rules.operation import REGISTRY
 
 
@@ -117,7 +116,17 @@ def _layer(graph: Graph, index: int) -> str:
         return ""
     for position, edge in enumerate(graph.operands[index]):
         if operation.letter(position) == "*":
-            end = None if edge is None else through_copies(graph, edge)
+            end = None if edge is None else _through_copies(graph, edge)
             if end is None or graph.names[end.node] == LEAF:
                 return operation.family
     return ""
+
+
+def _through_copies(graph: Graph, edge: Edge) -> Edge:
+    """The first tensor below that is more than a rearrangement."""
+    while True:
+        operation = REGISTRY.get(graph.names[edge.node])
+        operands = graph.operands[edge.node]
+        if operation is None or not operation.copies or len(operands) != 1 or operands[0] is None:
+            return edge
+        edge = operands[0]

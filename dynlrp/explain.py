@@ -530,7 +530,8 @@ class _Run:
     def tap_attention(self, patterns: Sequence[tuple[str, str]]) -> None:
         """Ask for what attention makes, by glob of the module and kind."""
         assert self.recording is not None
-        found = list(attention(self.graph, self.recording.path, len(self.values[0])))
+        sources = [edge for edge, _ in self.wanted if edge is not None]
+        found = list(attention(self.graph, sources, self.recording.path, len(self.values[0])))
         for glob, kind in patterns:
             fits = [
                 (f"{path}:{kind}", tap) for path, of, tap in found if of == kind and fnmatch.fnmatchcase(path, glob)

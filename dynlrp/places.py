@@ -8,14 +8,14 @@ before they are joined) are those of the attention that ran in the module, fused
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from dynlrp.errors import InputError
 from dynlrp.graph import Edge, Graph
-from dynlrp.roles import NO_ROLE, roles, through_copies
+from dynlrp.roles import NO_ROLE, roles
 from dynlrp.rules.operation import REGISTRY
 
 ATTENTION = ("query", "key", "value", "weights", "heads")
@@ -62,9 +62,12 @@ class Tap:
         return (mask.mT if self.transposed else mask).reshape(self.stands)
 
 
-def attention(graph: Graph, path: Callable[[int], str], batch: int) -> Iterator[tuple[str, str, Tap]]:
-    """Module path, kind and tensor for every attention, in the order they ran. ``batch`` is the number of samples."""
-    played, users = roles(graph), _users(graph)
+def attention(
+    graph: Graph, sources: Iterable[Edge], path: Callable[[int], str], batch: int
+) -> Iterator[tuple[str, str, Tap]]:
+    """Module path, kind and tensor for every attention, in the order they ran. ``sources`` are what is explained and
+    ``batch`` is the number of samples."""
+    played = roles(graph, sources)
     for index, name in enumerate(graph.names):
         operation = REGISTRY.get(name)
         if operation is None:
@@ -72,10 +75,9 @@ def attention(graph: Graph, path: Callable[[int], str], batch: int) -> Iterator[
         runs = index
         if operation.family == "attention":
             found = _fused(graph, index)
-        elif "attention" in played.get(index, NO_ROLE).names and not _factors(graph, index):
-            user = users.get(Edge(index, 0))
-            runs = index if user is None else user[0]  # a softmax may be a module of its own
-            found = _written_out(graph, index, user, batch)
+        elif (weighs := played.get(index, NO_ROLE).weighs) is not None:
+            runs = weighs[0]  # a softmax may be a module of its own
+            found = _written_out(graph, index, *weighs, batch)
         else:
             continue
         where = path(graph.nodes[runs]._sequence_nr())
@@ -91,10 +93,8 @@ def _fused(graph: Graph, index: int) -> Iterator[tuple[str, Tap]]:
             yield kind, Tap(edge, shape, shape, axis=1)
 
 
-def _written_out(
-    graph: Graph, index: int, user: tuple[int, Edge | None] | None, batch: int
-) -> Iterator[tuple[str, Tap]]:
-    """``user`` is the product that weighs with this softmax: its number, and its other factor."""
+def _written_out(graph: Graph, index: int, product: int, position: int, batch: int) -> Iterator[tuple[str, Tap]]:
+    """``product`` weighs with this softmax, which is its operand ``position``."""
     weights = Edge(index, 0)
     lead = _shape(graph, weights)[:-2]
     if not lead:
@@ -105,8 +105,10 @@ def _written_out(
     scores = _product_below(graph, graph.operands[index])
     if scores is not None:
         found += [("query", scores[0], False), ("key", scores[1], True)]
-    if user is not None:
-        found += [("value", user[1], False), ("heads", Edge(user[0], 0), False)]
+    if REGISTRY[graph.names[product]].bilinear is not None:
+        first, second = _factors(graph, product)
+        value = second if first == graph.operands[product][position] else first
+        found += [("value", value, False), ("heads", Edge(product, 0), False)]
     for kind, edge, transposed in found:
         stands = () if edge is None else _shape(graph, edge)
         if edge is not None and math.prod(stands[:-2]) == math.prod(lead):
@@ -138,14 +140,3 @@ def _product_below(graph: Graph, edges: Sequence[Edge | None]) -> tuple[Edge, Ed
             return factors[0], factors[1]
         stack.extend(edge for edge in reversed(graph.operands[index]) if edge is not None)
     return None
-
-
-def _users(graph: Graph) -> dict[Edge, tuple[int, Edge | None]]:
-    """The matrix product that every tensor is a factor of, maybe rearranged, and its other factor."""
-    found: dict[Edge, tuple[int, Edge | None]] = {}
-    for index in range(len(graph.names)):
-        factors = _factors(graph, index)
-        for edge, other in zip(factors, reversed(factors), strict=True):
-            if edge is not None:
-                found.setdefault(through_copies(graph, edge), (index, other))
-    return found

@@ -348,8 +348,9 @@ class _Planner:
     def _family(self, index: int, operation: Operation) -> str:
         """A matrix product or convolution is a linear layer only where no more than one factor depends on inputs, and a
         quotient may be a softmax."""
-        if operation.family == "quotient" and "softmax" in self.roles.get(index, NO_ROLE).names:
-            return "softmax"
+        role = self.roles.get(index, NO_ROLE)
+        if role.family:
+            return role.family
         if operation.family not in ("dense", "convolution"):
             return operation.family
         factors = [

@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from dynlrp.graph import Edge, Graph, Structure
-from dynlrp.rules.operation import REGISTRY, VJP
+from dynlrp.rules.operation import REGISTRY, VJP, Operation
 
 POINTWISE = frozenset({"elementwise", "piecewise linear", "scaling", "addition", "product", "quotient"})
 STATISTICS = POINTWISE | {"reduction", "choice", "statistic"}
+MULTIPLES = frozenset({"product", "scaling", "movement"})
 SMALL = 32
 """Longest written-out activation that is looked for, in operations."""
 
 
 class Role(NamedTuple):
-    """``names`` are what a composite selects by; ``gate`` is the operand that gates a product."""
+    """``names`` are what a composite selects by."""
 
     names: frozenset[str]
     gate: int | None = None
+    """The operand that gates a product."""
+    family: str = ""
+    """The family it counts as, where that is not its operation's."""
+    weighs: tuple[int, int] | None = None
+    """Of a softmax that is attention, the first product that weighs with it: its node, and the operand."""
 
 
 NO_ROLE = Role(frozenset())
 
 
-def roles(structure: Structure | Graph) -> dict[int, Role]:
-    """Roles by node index.
+class Trait(NamedTuple):
+    """What a tensor is as the factor of a product, seen through constant multiples."""
+
+    gate: bool = False
+    """A sigmoid, silu, gelu or tanh, maybe with a constant added."""
+    nonnegative: bool = False
+    """That function is never negative."""
+    weights: bool = False
+    """Rows of a softmax or a sum of such, maybe with a constant added."""
+    routed: bool = False
+    """Such entries or gates, chosen or divided by their own sum."""
+    decay: bool = False
+    """An exponential."""
+    summed: bool = False
+    """An exponential of running sums or of their differences."""
+
+
+NO_TRAIT = Trait()
+
+
+def roles(graph: Structure | Graph, sources: Iterable[Edge] = ()) -> dict[int, Role]:
+    """Roles by node index. Tensors that no source lies behind are constants, recorded or not; a structure has its own
+    sources.
 
     ``attention``: a softmax whose rows weigh another signal in a product, and that product.
     ``softmax``: exponentials and their quotient by their own sum, a softmax written out; of the family ``softmax``.
@@ -34,192 +61,249 @@ def roles(structure: Structure | Graph) -> dict[int, Role]:
     where it is the exponential of a running sum, the decay over many steps at once (Mamba-2).
     ``gate``: a product with another operand that comes through a sigmoid, silu, gelu or tanh. Of two such operands
     the one that is never negative is the gate (a sigmoid before a tanh).
+
+    Gates and attention weights may be multiplied by constants, have constants added and be kept within bounds.
     """
-    written = _written_softmaxes(structure)
-    softmax = Role(frozenset({"softmax"}))
-    found: dict[int, Role] = {index: softmax for quotient, parts in written.items() for index in (quotient, *parts)}
-    for index, (name, operands) in enumerate(zip(structure.names, structure.operands, strict=True)):
-        operation = REGISTRY.get(name)
-        if operation is None or (operation.family != "product" and operation.bilinear is None):
-            continue
-        factors = [(i, edge) for i, edge in enumerate(operands) if edge is not None and operation.letter(i) == "*"]
-        if len(factors) < 2:
-            continue
-        router = next((i for i, edge in factors if _routes(structure, edge, written)), None)
-        if router is not None and operation.family == "product":
-            found[index] = Role(frozenset({"gate"}), gate=router)
-            continue
-        ends = {i: through_copies(structure, edge) for i, edge in factors}
-        for end in ends.values():
-            weights = REGISTRY.get(structure.names[end.node])
-            if end.node in written or (weights is not None and weights.family == "softmax"):
-                found[index] = Role(frozenset({"attention"}))
-                found[end.node] = Role(found.get(end.node, NO_ROLE).names | {"attention"})
-        over = next((i for i, end in ends.items() if _decays_by_sums(structure, end)), None)
-        if over is not None:
-            found[index] = Role(frozenset({"transition"}), gate=over)
-            continue
-        if operation.family != "product":
-            continue
-        own = next((i for i, _ in factors if _gates_itself(structure, operands[1 - i], operands[i])), None)
-        if own is not None:
-            found[index] = Role(frozenset({"self gate"}), gate=own)
-            continue
-        below = {i: REGISTRY.get(structure.names[end.node]) for i, end in ends.items()}
-        gates = {i: operation for i, operation in below.items() if operation is not None and operation.gate}
-        if gates:
-            gate = next((i for i, operation in gates.items() if operation.sign == "nonnegative"), min(gates))
-            found[index] = Role(frozenset({"gate"}), gate=gate)
-            continue
-        decay = next((i for i, edge in factors if _decays(structure, edge)), None)
-        if decay is not None:
-            found[index] = Role(frozenset({"transition"}), gate=decay)
-    return found
+    if isinstance(graph, Structure):
+        sources = (*graph.sources, *(Edge(index, 0) for index in graph.coefficients))
+    return _Reader(graph, sources).roles()
 
 
-def through_copies(structure: Structure | Graph, edge: Edge) -> Edge:
-    """The first tensor below that is more than a rearrangement."""
-    while True:
-        operation = REGISTRY.get(structure.names[edge.node])
-        operands = structure.operands[edge.node]
-        if operation is None or not operation.copies or len(operands) != 1 or operands[0] is None:
-            return edge
-        edge = operands[0]
+class _Reader:
+    """Reads a graph from its operands to its output, a bounded number of steps for every node."""
 
-
-def _through_multiples(structure: Structure | Graph, edge: Edge) -> Edge:
-    """The first tensor below that is more than a rearrangement and a constant multiple."""
-    while True:
-        edge = through_copies(structure, edge)
-        operation = REGISTRY.get(structure.names[edge.node])
-        factors = [e for e in structure.operands[edge.node] if e is not None]
-        if operation is None or operation.family not in ("product", "scaling") or len(factors) != 1:
-            return edge
-        edge = factors[0]
-
-
-def _written_softmaxes(structure: Structure | Graph) -> dict[int, set[int]]:
-    """Quotients of exponentials by their own sum, and the exponentials."""
-    found: dict[int, set[int]] = {}
-    for index, (name, operands) in enumerate(zip(structure.names, structure.operands, strict=True)):
-        operation = REGISTRY.get(name)
-        if operation is None or operation.softmax is None or operation.family != "quotient":
-            continue
-        numerator, denominator = operands
-        summed = None if denominator is None else _summand(structure, denominator)
-        if numerator is None or summed is None:
-            continue
-        above, below = (_through_multiples(structure, edge).node for edge in (numerator, summed))
-        exponential = REGISTRY.get(structure.names[above])
-        # The same tensor, or the same function of the same tensor.
-        again = (
-            structure.names[above] == structure.names[below] and structure.operands[above] == structure.operands[below]
+    def __init__(self, graph: Structure | Graph, sources: Iterable[Edge]) -> None:
+        sources = frozenset(sources)
+        reaches: list[bool] = []
+        self.names = graph.names
+        self.known = [REGISTRY.get(name) for name in graph.names]
+        self.operands: list[tuple[Edge | None, ...]] = []
+        """Those that a source lies behind; the others are None, as what autograd did not record."""
+        for operands in graph.operands:
+            kept = tuple([e if e is not None and (e in sources or reaches[e.node]) else None for e in operands])
+            self.operands.append(kept)
+            reaches.append(any(edge is not None for edge in kept))
+        self.present = [[edge for edge in operands if edge is not None] for operands in self.operands]
+        self.rearranged = self._ends(self._copies)
+        """For every node, the first tensor below that is more than a rearrangement; None for the node's own."""
+        self.multiplied = self._ends(self._multiplies)
+        """The same with constant multiples."""
+        self.scaled = self._ends(
+            lambda index: self._multiplies(index) and self._family(index) in ("product", "quotient")
         )
-        same = summed == through_copies(structure, numerator) or (again and summed.node == below)
-        if exponential is not None and exponential.softmax is not None and same:
-            found[index] = {above, below}
-    return found
+        """Constant multiples that are no rearrangements."""
+        self.softmax = self._written_softmaxes()
 
+    def _ends(self, passes: Callable[[int], bool]) -> list[Edge | None]:
+        ends: list[Edge | None] = []
+        for index in range(len(self.names)):
+            below = self._alone(index) if passes(index) else None
+            ends.append(None if below is None else ends[below.node] or below)
+        return ends
 
-def _summand(structure: Structure | Graph, edge: Edge) -> Edge | None:
-    """What a tensor is the sum of over some of its entries, maybe with a constant added."""
-    while True:
-        edge = through_copies(structure, edge)
-        operation = REGISTRY.get(structure.names[edge.node])
-        present = [e for e in structure.operands[edge.node] if e is not None]
-        if operation is None or len(present) != 1 or not isinstance(operation.rule, VJP):
+    def _alone(self, index: int) -> Edge | None:
+        """The only operand."""
+        present = self.present[index]
+        return present[0] if len(present) == 1 else None
+
+    def _family(self, index: int) -> str:
+        operation = self.known[index]
+        return "" if operation is None else operation.family
+
+    def _copies(self, index: int) -> bool:
+        operation = self.known[index]
+        return operation is not None and bool(operation.copies)
+
+    def _multiplies(self, index: int) -> bool:
+        """Whether a tensor is a constant multiple of an only operand, or moves its entries."""
+        if self._family(index) == "quotient":
+            return self.operands[index][0] is not None
+        return self._copies(index) or self._family(index) in MULTIPLES
+
+    def roles(self) -> dict[int, Role]:
+        part = Role(frozenset({"softmax"}))
+        found: dict[int, Role] = {}
+        for whole, parts in self.softmax.items():
+            found.update(dict.fromkeys(parts, part))
+            found[whole] = part._replace(family="softmax")
+        self.traits: list[Trait] = []
+        users: dict[int, tuple[int, int]] = {}
+        """Nodes that make attention weights, and the first product that takes them."""
+        for index, operation in enumerate(self.known):
+            self.traits.append(self._trait(index, operation))
+            if operation is None or index in self.softmax:
+                continue
+            if operation.family == "product" or operation.bilinear is not None:
+                role = self._product(index, operation, users)
+                if role is not NO_ROLE:
+                    found[index] = role
+        for index in range(len(self.names) - 1, -1, -1):
+            if index not in users:
+                continue
+            if self._is_softmax(index):
+                role = found.get(index, NO_ROLE)
+                found[index] = role._replace(names=role.names | {"attention"}, weighs=users[index])
+                continue
+            for edge in self._carried(index):
+                users[edge.node] = min(users[index], users.get(edge.node, users[index]))
+        return found
+
+    def _product(self, index: int, operation: Operation, users: dict[int, tuple[int, int]]) -> Role:
+        factors = [(i, e) for i, e in enumerate(self.operands[index]) if e is not None and operation.letter(i) == "*"]
+        if len(factors) < 2:
+            return NO_ROLE
+        traits = {i: self.traits[edge.node] for i, edge in factors}
+        router = next((i for i, trait in traits.items() if trait.routed), None)
+        if router is not None and operation.family == "product":
+            return Role(frozenset({"gate"}), gate=router)
+        weights = [(i, edge) for i, edge in factors if traits[i].weights]
+        for i, edge in weights:
+            users.setdefault(edge.node, (index, i))
+        if weights:
+            return Role(frozenset({"attention"}))
+        over = next((i for i, trait in traits.items() if trait.summed), None)
+        if over is not None:
+            return Role(frozenset({"transition"}), gate=over)
+        if operation.family != "product":
+            return NO_ROLE
+        (i, one), (j, other) = factors[0], factors[-1]
+        own = i if self._gates_itself(other, one) else j if self._gates_itself(one, other) else None
+        if own is not None:
+            return Role(frozenset({"self gate"}), gate=own)
+        gates = [i for i, trait in traits.items() if trait.gate]
+        if gates:
+            gate = next((i for i in gates if traits[i].nonnegative), gates[0])
+            return Role(frozenset({"gate"}), gate=gate)
+        decay = next((i for i, trait in traits.items() if trait.decay), None)
+        return NO_ROLE if decay is None else Role(frozenset({"transition"}), gate=decay)
+
+    # What tensors are.
+
+    def _trait(self, index: int, operation: Operation | None) -> Trait:
+        if operation is None:
+            return NO_TRAIT
+        if self._is_softmax(index):
+            return Trait(weights=True)
+        if operation.gate:
+            return Trait(gate=True, nonnegative=operation.sign == "nonnegative")
+        if operation.decay:
+            return Trait(decay=True, summed=self._sums(index))
+        below = [self.traits[edge.node] for edge in self._carried(index)]
+        if len(below) != 1:
+            return Trait(weights=bool(below) and all(trait.weights for trait in below))
+        (trait,) = below
+        if operation.family in ("choice", "indexing") or len(self.present[index]) > 1:
+            trait = trait._replace(routed=trait.routed or trait.weights or trait.nonnegative)
+        if len(self.present[index]) > 1 and not trait.routed:
+            return NO_TRAIT
+        return trait if self._multiplies(index) else trait._replace(decay=False, summed=False)
+
+    def _is_softmax(self, index: int) -> bool:
+        operation = self.known[index]
+        return index in self.softmax or (operation is not None and operation.family == "softmax")
+
+    def _carried(self, index: int) -> list[Edge]:
+        """The operands that hand on what they are: what is multiplied by constants, bounded, added to constants or
+        divided by its own sum; all of several that are added or joined."""
+        operation, present = self.known[index], self.present[index]
+        if operation is None:
+            return []
+        if operation.family == "quotient":
+            numerator, denominator = self.operands[index]
+            alone = denominator is None or self._is_statistic_of(denominator, numerator)
+            return [numerator] if numerator is not None and alone else []
+        if self._copies(index) or operation.family == "addition":
+            return present
+        return present if len(present) == 1 and (operation.bounds or self._multiplies(index)) else []
+
+    # Parts of functions that are written out.
+
+    def _written_softmaxes(self) -> dict[int, set[int]]:
+        """The operations that make a softmax of exponentials, and their parts."""
+        found: dict[int, set[int]] = {}
+        for index, operation in enumerate(self.known):
+            if operation is None or operation.softmax is None:
+                continue
+            operands = self.operands[index]
+            parts: set[int] | None = None
+            if operation.family == "quotient":
+                parts = self._normalised(operands[0], operands[1])
+            if parts is not None:
+                found[index] = parts
+        return found
+
+    def _normalised(self, numerator: Edge | None, denominator: Edge | None) -> set[int] | None:
+        """The exponentials, where one tensor is an exponential and another its sum."""
+        summed = None if denominator is None else self._summand(denominator)
+        if numerator is None or summed is None:
             return None
-        if operation.family == "reduction":
-            return through_copies(structure, present[0])
-        if operation.family != "addition":
+        above, below = (self._through(self.multiplied, edge).node for edge in (numerator, summed))
+        exponential = self.known[above]
+        # The same tensor, or the same function of the same tensor.
+        again = self.names[above] == self.names[below] and self.operands[above] == self.operands[below]
+        same = summed == self._through(self.rearranged, numerator) or (again and summed.node == below)
+        if exponential is None or exponential.softmax is None or exponential.family != "elementwise" or not same:
             return None
-        edge = present[0]
+        return {above, below}
 
+    def _summand(self, edge: Edge) -> Edge | None:
+        """What a tensor is the sum of over some of its entries, maybe with a constant added."""
+        for _ in range(SMALL):
+            edge = self._through(self.rearranged, edge)
+            operation, below = self.known[edge.node], self._alone(edge.node)
+            if operation is None or below is None or not isinstance(operation.rule, VJP):
+                return None
+            if operation.family == "reduction":
+                return self._through(self.rearranged, below)
+            if operation.family != "addition":
+                return None
+            edge = below
+        return None
 
-def _routes(structure: Structure | Graph, edge: Edge, written: Container[int]) -> bool:
-    """Whether a tensor holds entries of a softmax or gate that were chosen, or divided by their sum or norm."""
-    routed = False
-    while True:
-        operation, operands = REGISTRY.get(structure.names[edge.node]), structure.operands[edge.node]
-        present = [e for e in operands if e is not None]
-        if operation is None or not present:
-            return False
-        if operation.family == "softmax" or operation.gate or edge.node in written:
-            return routed
-        alone = len(present) == 1
-        if operation.family == "quotient" and operands[0] is not None:
-            normalised = _is_statistic_of(structure, operands[1], operands[0])
-            routed = routed or normalised
-            if not (alone or normalised):
+    def _is_statistic_of(self, edge: Edge | None, summand: Edge | None) -> bool:
+        """Whether a tensor is a function of another's sum, norm or largest entry alone."""
+        summand = None if summand is None else self._through(self.multiplied, summand)
+        for _ in range(SMALL):
+            edge = None if edge is None else self._through(self.multiplied, edge)
+            if edge is None or edge == summand:
+                return edge is not None
+            operation = self.known[edge.node]
+            if operation is None or operation.family not in STATISTICS:
                 return False
-        elif not alone or not (operation.copies or operation.family in ("product", "scaling")):
-            return False
-        routed = routed or operation.family in ("choice", "indexing")
-        edge = present[0]
-
-
-def _is_statistic_of(structure: Structure | Graph, edge: Edge | None, summand: Edge) -> bool:
-    """Whether a tensor is a function of another's sum, norm or largest entry alone."""
-    summand = _through_multiples(structure, summand)
-    for _ in range(SMALL):
-        edge = None if edge is None else _through_multiples(structure, edge)
-        if edge is None or edge == summand:
-            return edge == summand
-        operation = REGISTRY.get(structure.names[edge.node])
-        present = [e for e in structure.operands[edge.node] if e is not None]
-        if operation is None or operation.family not in STATISTICS or len(present) != 1:
-            return False
-        edge = present[0]
-    return False
-
-
-def _decays(structure: Structure | Graph, edge: Edge) -> bool:
-    """Whether a tensor is an exponential, maybe masked by a constant factor."""
-    operation = REGISTRY.get(structure.names[_through_multiples(structure, edge).node])
-    return operation is not None and operation.decay
-
-
-def _decays_by_sums(structure: Structure | Graph, end: Edge) -> bool:
-    """Whether a tensor is the exponential of running sums or of their differences."""
-    operation = REGISTRY.get(structure.names[end.node])
-    if operation is None or not operation.decay:
+            edge = self._alone(edge.node)
         return False
-    stack, seen = [edge for edge in structure.operands[end.node] if edge is not None], {end}
-    while stack and len(seen) <= SMALL:
-        edge = through_copies(structure, stack.pop())
-        operation = REGISTRY.get(structure.names[edge.node])
-        if operation is None or edge in seen:
-            continue
-        if operation.running:
-            return True
-        seen.add(edge)
-        if operation.copies or operation.family == "addition":
-            stack.extend(e for e in structure.operands[edge.node] if e is not None)
-    return False
 
+    def _sums(self, index: int) -> bool:
+        """Whether an exponential is one of running sums or of their differences."""
+        stack, seen = self.present[index], set[Edge]()
+        while stack and len(seen) < SMALL:
+            edge = self._through(self.rearranged, stack.pop())
+            operation = self.known[edge.node]
+            if operation is None or edge in seen:
+                continue
+            if operation.running:
+                return True
+            seen.add(edge)
+            if operation.copies or operation.family == "addition":
+                stack.extend(self.present[edge.node])
+        return False
 
-def _gates_itself(structure: Structure | Graph, carrier: Edge | None, gate: Edge | None) -> bool:
-    """Whether ``gate`` is a pointwise function of the tensor that ``carrier`` is a multiple of."""
-    if carrier is None or gate is None or carrier == gate:
-        return False
-    while True:  # constant factors of the carrier
-        operands = structure.operands[carrier.node]
-        operation = REGISTRY.get(structure.names[carrier.node])
-        present = [edge for edge in operands if edge is not None]
-        if operation is None or operation.family not in ("product", "quotient") or len(present) != 1:
-            break
-        carrier = present[0]
-    stack, seen = [gate], {carrier}
-    if gate == carrier:
-        return False
-    while stack:
-        edge = stack.pop()
-        if edge in seen:
-            continue
-        seen.add(edge)
-        operation = REGISTRY.get(structure.names[edge.node])
-        below = [e for e in structure.operands[edge.node] if e is not None]
-        if operation is None or operation.family not in POINTWISE or not below or len(seen) > SMALL:
+    def _gates_itself(self, carrier: Edge, gate: Edge) -> bool:
+        """Whether ``gate`` is a pointwise function of the tensor that ``carrier`` is a multiple of."""
+        carrier = self._through(self.scaled, carrier)
+        if gate == carrier:
             return False
-        stack.extend(below)
-    return True
+        stack, seen = [gate], {carrier}
+        while stack:
+            edge = stack.pop()
+            if edge in seen:
+                continue
+            seen.add(edge)
+            operation, below = self.known[edge.node], self.present[edge.node]
+            if operation is None or operation.family not in POINTWISE or not below or len(seen) > SMALL:
+                return False
+            stack.extend(below)
+        return True
+
+    def _through(self, ends: Sequence[Edge | None], edge: Edge) -> Edge:
+        return ends[edge.node] or edge

@@ -416,6 +416,7 @@ for _name in ("HardtanhBackward0", "ClampBackward1", "ClampMinBackward0", "Clamp
         facts=_bounds,
         sign=_clamp_sign,
         gates=lambda bounds: bounds[0] is not None and bounds[0] == 0,
+        bounds=True,
     )
 
 

@@ -268,6 +268,8 @@ class Operation:
     """A product with this function's value is gated."""
     softmax: Rule | None = None
     """The rule where it is a part of a softmax that is written out."""
+    bounds: bool = False
+    """Its value is that of its operand, kept within bounds."""
     decay: bool = False
     """A signal times this function's value is a state that decays."""
     running: bool = False

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from dynlrp import COMPOSITES, Composite, When, explain, relevance
 from dynlrp.graph import Edge, Graph
@@ -203,10 +204,12 @@ def test_a_plan_knows_what_is_asked() -> None:
 
 
 def roles_of(model: Callable[[Tensor], Tensor]) -> dict[str, set[str]]:
-    graph = Graph(model(X.clone().requires_grad_()).grad_fn)
-    structure = graph.structure(Edge(len(graph.nodes) - 1, 0), [])
+    x = X.clone().requires_grad_()
+    graph = Graph(model(x).grad_fn)
+    source = graph.edge(*get_gradient_edge(x)[:2])
+    assert source is not None
     found: dict[str, set[str]] = {}
-    for index, role in roles(structure).items():
+    for index, role in roles(graph, [source]).items():
         found.setdefault(graph.names[index], set()).update(role.names)
     return found
 
@@ -240,7 +243,7 @@ def test_roles_of_real_models() -> None:
     for name, wanted in (("llama", {"gate"}), ("gpt2", {"self gate"})):
         model, inputs, _ = sample(name)
         graph = Graph(model(**inputs).logits.grad_fn)
-        found = roles(graph.structure(Edge(len(graph.nodes) - 1, 0), []))
+        found = roles(graph, [Edge(index, 0) for index in graph.skeleton.lookups])
         assert set().union(*(role.names for role in found.values())) == wanted
         assert len([role for role in found.values() if wanted <= role.names]) == 2  # one for every layer
 
