@@ -177,6 +177,14 @@ class TensorPower(Rule):
         return [m, torch.zeros_like(m) if step.wants[1] else None]
 
 
+def _negative_power(node: Any) -> bool:
+    """Whether the exponent is one number of 0 or less that autograd did not record."""
+    if node.next_functions[1][0] is not None:
+        return False
+    exponent = node._saved_exponent
+    return exponent.ndim == 0 and bool(exponent.real <= 0)
+
+
 register(
     Operation(
         "PowBackward1",
@@ -185,6 +193,8 @@ register(
         operands="**",
         saved={0: "self", 1: "exponent"},
         result="result",
+        facts=_negative_power,
+        holds=lambda negative: negative,
     )
 )
 

@@ -127,6 +127,18 @@ def test_a_power_of_a_signal(seed: int) -> None:
     same(scalar.relevance[:, 0], wanted[:, 0])
 
 
+@pytest.mark.parametrize("exponent", [-0.5, -1.0, 0.0])
+def test_a_negative_power_in_a_tensor_is_a_statistic(exponent: float) -> None:
+    """As with a number as exponent: the factor beside it takes all."""
+    x, m = draw(0, 2, 4), draw(1, 2, 4)
+
+    def norm(x: Tensor, exponent: float | Tensor) -> Tensor:
+        return x * torch.pow(x.pow(2).mean(-1, keepdim=True) + 1e-6, exponent)
+
+    explanation = explain(lambda x: norm(x, torch.tensor(exponent)), x, lambda y: (y * m).sum())
+    agrees(explanation, m * norm(x, exponent), {"held back": 0.0})
+
+
 def test_powers_at_zero() -> None:
     """Values and multipliers, with the sign of the base."""
     x = torch.tensor([0.0, 0.0, 0.0, -2.0, -2.0]).double().requires_grad_()
