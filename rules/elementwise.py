@@ -8,6 +8,7 @@ are coefficients. What is linear but for a constant that jumps (remainders, fake
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Function(NamedTuple):
 
     value: Callable[[Any, Tensor], Tensor]
     zero: float | Callable[[Any], float] = 0.0
-    slope: float | Callable[[Any], float] = 1.0
+    slope: complex | Callable[[Any], complex] = 1.0
     secant: Callable[[Any, Tensor], Tensor] | None = None
     rise: Callable[[Any, Tensor], Tensor] | None = None
     smooth: bool = True
@@ -65,7 +66,7 @@ class Function(NamedTuple):
     def at_zero(self, step: Any) -> float:
         return self.zero(step) if callable(self.zero) else self.zero
 
-    def slope_at_zero(self, step: Any) -> float:
+    def slope_at_zero(self, step: Any) -> complex:
         return self.slope(step) if callable(self.slope) else self.slope
 
     def through_zero(self, step: Any, x: Tensor) -> Tensor:
@@ -236,10 +237,22 @@ def _softplus_rise(step: Any, x: Tensor) -> Tensor:
     return torch.where((x * beta).abs() < 1, _near_softplus(x * beta) / beta, far)
 
 
-def power_rise(base: float | Tensor, x: Tensor) -> Tensor:
+def power_rise(base: complex | Tensor, x: Tensor) -> Tensor:
     """base^x - 1."""
-    log = base.log() if isinstance(base, Tensor) else math.log(base) if base > 0 else math.nan
+    log = base.log() if isinstance(base, Tensor) else _log(base)
     return torch.where((x * log).abs() < 1, torch.expm1(x * log), base**x - 1)
+
+
+def _log(base: complex) -> complex:
+    """The logarithm of a base; below zero a power is defined at integers alone, and there is none."""
+    if isinstance(base, complex) and base != 0:
+        return cmath.log(base)
+    return math.log(base.real) if base.real > 0 else math.nan
+
+
+def _base_slope(step: Any) -> complex:
+    slope = _log(step.saved("self"))
+    return 0.0 if cmath.isnan(slope) else slope
 
 
 def _series(t: Tensor, ratio: Callable[[int], float]) -> Tensor:
@@ -303,17 +316,17 @@ elementwise(
     result="result",
     sign="nonnegative",
 )
-elementwise(  # base^x for a number as base; below zero it is defined at integers alone, and has no slope
+elementwise(  # base^x for a number as base
     "PowBackward2",
     Function(
         lambda s, x: s.saved("self") ** x,
         1.0,
-        lambda s: math.log(s.saved("self")) if s.saved("self") > 0 else 0.0,
+        _base_slope,
         rise=lambda s, x: power_rise(s.saved("self"), x),
     ),
     result="result",
     saved={0: "exponent"},
-    facts=lambda node: node._saved_self >= 0,
+    facts=lambda node: not isinstance(node._saved_self, complex) and node._saved_self >= 0,
     sign=lambda positive: "nonnegative" if positive else "",
 )
 elementwise(
@@ -422,8 +435,8 @@ for _name in ("HardtanhBackward0", "ClampBackward1", "ClampMinBackward0", "Clamp
 
 @dataclass(frozen=True)
 class Power(Rule):
-    """x^n with n > 0: the secant through the origin, m_x = m x^(n-1) (the y/x rule, Achtibat et al. 2024, eq. 9). Other
-    exponents make a coefficient."""
+    """x^n with n > 0 (of complex n, the real part): the secant through the origin, m_x = m x^(n-1) (the y/x rule,
+    Achtibat et al. 2024, eq. 9). Other exponents make a coefficient."""
 
     def needs(self, step: StepShape) -> Sequence[Need]:
         return [Need(0)]
@@ -433,11 +446,19 @@ class Power(Rule):
         if g is None:
             return [None]
         x = step.operand(0)
-        if exponent < 1:
-            secant = torch.where(x == 0, 0.0, torch.where(x == 0, 1.0, x) ** (exponent - 1))
+        if exponent == 2:
+            secant = x
+        elif not isinstance(exponent, complex) and exponent >= 1:
+            secant = x ** (exponent - 1)
         else:
-            secant = x if exponent == 2 else x ** (exponent - 1)
+            secant = torch.where(x == 0, 0.0, torch.where(x == 0, 1.0, x) ** (exponent - 1))
         return [g * secant.conj()]
+
+
+def _power_sign(exponent: complex) -> Sign:
+    if isinstance(exponent, complex):
+        return ""
+    return "same" if exponent % 2 == 1 else "nonnegative"
 
 
 register(
@@ -448,10 +469,8 @@ register(
         operands="+",
         saved={0: "self"},
         facts=lambda node: node._saved_exponent,
-        holds=lambda exponent: exponent <= 0,
-        sign=lambda exponent: (
-            "nonnegative" if exponent % 2 == 0 else "same" if exponent == int(exponent) else "nonnegative"
-        ),
+        holds=lambda exponent: exponent.real <= 0,
+        sign=_power_sign,
         replay=lambda step, x: x ** step.saved("exponent"),
     )
 )

@@ -286,6 +286,32 @@ def test_secants_at_zero(name: str) -> None:
     same(two, -one)
 
 
+@pytest.mark.parametrize("exponent", [2 + 1j, 0.5 - 1j, 3 + 0j])
+def test_a_power_with_a_complex_exponent(exponent: complex) -> None:
+    """It is 0 at 0 where the real part is positive, and all of it goes to the base."""
+    z, m = numbers(0, 5), draw(1, 5, 2)
+    y = z**exponent
+    explanation = explain(lambda z: z**exponent, z, weighed(m))
+    agrees(explanation, y.real * m[:, 0] + y.imag * m[:, 1], {"offsets": 0.0})
+
+
+@pytest.mark.parametrize("exponent", [1j, -1 + 2j])
+def test_a_power_that_is_not_0_at_0_is_a_coefficient(exponent: complex) -> None:
+    z, m = numbers(0, 5), draw(1, 5, 2)
+    y = z * z**exponent
+    agrees(explain(lambda z: z * z**exponent, z, weighed(m)), y.real * m[:, 0] + y.imag * m[:, 1])
+
+
+@pytest.mark.parametrize("base", [2 + 1j, 1j, -2 + 0j])
+@pytest.mark.parametrize("draws", [draw, numbers])
+def test_a_power_of_a_complex_base(base: complex, draws: Callable[..., Tensor]) -> None:
+    """The secant from b^0 = 1, which is an offset; also of real exponents and of 0."""
+    x, m = draws(0, 5), draw(1, 5, 2)
+    x[0] = 0
+    y = base**x - 1
+    agrees(explain(lambda x: base**x, x, weighed(m)), y.real * m[:, 0] + y.imag * m[:, 1], {"offsets": m[:, 0].sum()})
+
+
 @pytest.mark.parametrize("function", [torch.log, torch.reciprocal, torch.rsqrt])
 def test_functions_infinite_at_zero_are_coefficients(function: Callable[[Tensor], Tensor]) -> None:
     z, m = numbers(0, 6), draw(1, 6, 2)
