@@ -55,7 +55,8 @@ def roles(graph: Structure | Graph, sources: Iterable[Edge] = ()) -> dict[int, R
     sources.
 
     ``attention``: a softmax whose rows weigh another signal in a product, and that product.
-    ``softmax``: exponentials and their quotient by their own sum, a softmax written out; of the family ``softmax``.
+    ``softmax``: a softmax written out, as the quotient of exponentials by their own sum (or a product with the
+    reciprocal of that), or the exponential of its logarithm; the last operation is of the family ``softmax``.
     ``self gate``: a product ``x * g(x)`` of a tensor and a pointwise function of the same tensor.
     ``transition``: a product of a signal and an exponential of another, the decay of a state (Mamba); a matrix product
     where it is the exponential of a running sum, the decay over many steps at once (Mamba-2).
@@ -121,11 +122,11 @@ class _Reader:
         return self._copies(index) or self._family(index) in MULTIPLES
 
     def roles(self) -> dict[int, Role]:
-        part = Role(frozenset({"softmax"}))
+        whole = Role(frozenset({"softmax"}), family="softmax")
         found: dict[int, Role] = {}
-        for whole, parts in self.softmax.items():
-            found.update(dict.fromkeys(parts, part))
-            found[whole] = part._replace(family="softmax")
+        for index, parts in self.softmax.items():
+            found.update(dict.fromkeys(parts, whole._replace(family="")))
+            found[index] = whole
         self.traits: list[Trait] = []
         users: dict[int, tuple[int, int]] = {}
         """Nodes that make attention weights, and the first product that takes them."""
@@ -219,18 +220,46 @@ class _Reader:
     # Parts of functions that are written out.
 
     def _written_softmaxes(self) -> dict[int, set[int]]:
-        """The operations that make a softmax of exponentials, and their parts."""
+        """The operations that make a softmax, and those that they are a softmax with."""
         found: dict[int, set[int]] = {}
-        for index, operation in enumerate(self.known):
-            if operation is None or operation.softmax is None:
-                continue
-            operands = self.operands[index]
+        for index in range(len(self.names)):
             parts: set[int] | None = None
-            if operation.family == "quotient":
-                parts = self._normalised(operands[0], operands[1])
+            if self._may_be(index, "quotient"):
+                parts = self._normalised(*self.operands[index])
+            elif self._may_be(index, "product") and len(self.present[index]) == 2:
+                one, other = self.present[index]
+                parts = self._by_reciprocal(one, other) or self._by_reciprocal(other, one)
+            elif self._may_be(index, "elementwise") and self.present[index]:
+                parts = self._of_logarithm(self.present[index][0])
             if parts is not None:
                 found[index] = parts
         return found
+
+    def _may_be(self, index: int, family: str) -> bool:
+        """Whether an operation may be the part of this family of a softmax that is written out."""
+        operation = self.known[index]
+        return operation is not None and operation.softmax is not None and operation.family == family
+
+    def _by_reciprocal(self, numerator: Edge, factor: Edge) -> set[int] | None:
+        """The exponentials and the reciprocal, where one tensor is an exponential and another one over its sum."""
+        reciprocal = self._through(self.multiplied, factor).node
+        if not self._may_be(reciprocal, "coefficient"):
+            return None
+        parts = self._normalised(numerator, self._alone(reciprocal))
+        return None if parts is None else {*parts, reciprocal}
+
+    def _of_logarithm(self, edge: Edge) -> set[int] | None:
+        """What makes a tensor a logarithm of softmax, which may be a tensor less its own log-sum-exp."""
+        edge = self._through(self.rearranged, edge)
+        if self._family(edge.node) == "log softmax":
+            return set()
+        if not self._may_be(edge.node, "addition") or len(self.present[edge.node]) != 2:
+            return None
+        scores, subtrahend = (self._through(self.rearranged, e) for e in self.present[edge.node])
+        whole = subtrahend.node
+        if not self._may_be(whole, "reduction") or self._through(self.rearranged, self.present[whole][0]) != scores:
+            return None
+        return {edge.node, whole}
 
     def _normalised(self, numerator: Edge | None, denominator: Edge | None) -> set[int] | None:
         """The exponentials, where one tensor is an exponential and another its sum."""
@@ -238,13 +267,10 @@ class _Reader:
         if numerator is None or summed is None:
             return None
         above, below = (self._through(self.multiplied, edge).node for edge in (numerator, summed))
-        exponential = self.known[above]
         # The same tensor, or the same function of the same tensor.
         again = self.names[above] == self.names[below] and self.operands[above] == self.operands[below]
         same = summed == self._through(self.rearranged, numerator) or (again and summed.node == below)
-        if exponential is None or exponential.softmax is None or exponential.family != "elementwise" or not same:
-            return None
-        return {above, below}
+        return {above, below} if same and self._may_be(above, "elementwise") else None
 
     def _summand(self, edge: Edge) -> Edge | None:
         """What a tensor is the sum of over some of its entries, maybe with a constant added."""

@@ -9,7 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlrp.rules.operation import OUTPUT, Grads, Need, Operation, Rule, Step, StepShape, divide, missing, register
+from dynlrp.rules.operation import (
+    OUTPUT,
+    VJP,
+    Grads,
+    Need,
+    Operation,
+    Rule,
+    Step,
+    StepShape,
+    divide,
+    missing,
+    register,
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ register(
         sign=lambda adds: "same" if adds else "",
     )
 )
-register(Operation("SubBackward0", "addition", operands="++", replay=_sub, hides=missing, math=1))
+register(Operation("SubBackward0", "addition", operands="++", replay=_sub, hides=missing, math=1, softmax=VJP()))
 register(Operation("RsubBackward0", "addition", operands="++", replay=_rsub, hides=missing, math=0))
 for _name in ("AddBackward1", "SubBackward1", "RsubBackward1"):  # a number is added, and not recorded
     register(Operation(_name, "addition", operands="+", hides=lambda facts, present: True))

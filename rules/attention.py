@@ -16,7 +16,19 @@ import torch
 from torch import Tensor
 
 from dynlrp.errors import NotDifferentiableError
-from dynlrp.rules.operation import Grads, Operation, Rule, Step, dot, follow, inner, register
+from dynlrp.rules.operation import (
+    OUTPUT,
+    Grads,
+    Need,
+    Operation,
+    Rule,
+    Step,
+    StepShape,
+    dot,
+    follow,
+    inner,
+    register,
+)
 from dynlrp.rules.shape import number
 
 
@@ -168,14 +180,20 @@ class LogSoftmaxVJP(Rule):
 @dataclass(frozen=True)
 class Normalised(Rule):
     """The quotient of a softmax that is written out, p = e / sum(e), by its VJP: m_e = (m - sum(m p)) / sum(e). It is
-    of degree 0 in e, so all of m p is an offset, as softmax has it (Achtibat et al. 2024)."""
+    of ``degree`` 0 in e, so all of m p is an offset, as softmax has it (Achtibat et al. 2024). Where it is written as a
+    product p = e r with r = 1 / sum(e), that is of degree 2 and the reciprocal of degree -1."""
+
+    degree: int = 0
 
     def operands(self, operation: Operation, gate: int | None) -> str:
         return "+"
 
+    def needs(self, step: StepShape) -> Sequence[Need]:
+        return [OUTPUT]
+
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
         if grads[0] is not None:
-            step.book("offsets", inner(grads[0], step.saved("self") / step.saved("other")))
+            step.book("offsets", (1 - self.degree) * inner(grads[0], step.output()))
         return step.vjp(grads)
 
 

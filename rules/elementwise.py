@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynlrp.rules.attention import Exponential
+from dynlrp.rules.attention import Exponential, Normalised
 from dynlrp.rules.operation import (
     OUTPUT,
     Grads,
@@ -589,7 +589,7 @@ linear("FrexpBackward0", "scaling", sign="same", replay=lambda step, x: torch.fr
 
 # Infinite at 0: coefficients.
 coefficient("RsqrtBackward0", lambda s, x: torch.rsqrt(x), result="result", sign="nonnegative")
-coefficient("ReciprocalBackward0", lambda s, x: x.reciprocal(), result="result")
+coefficient("ReciprocalBackward0", lambda s, x: x.reciprocal(), result="result", softmax=Normalised(degree=-1))
 coefficient("LogBackward0", lambda s, x: torch.log(x), saved={0: "self"})
 coefficient("Log2Backward0", lambda s, x: torch.log2(x), saved={0: "self"})
 coefficient("Log10Backward0", lambda s, x: torch.log10(x), saved={0: "self"})

@@ -121,7 +121,14 @@ ROUNDED: dict[str, Any] = {
 
 register(
     Operation(
-        "MulBackward0", "product", rule=Shares(), operands="**", saved=SAVED, replay=_multiply, math=Elementwise()
+        "MulBackward0",
+        "product",
+        rule=Shares(),
+        operands="**",
+        saved=SAVED,
+        replay=_multiply,
+        math=Elementwise(),
+        softmax=Normalised(degree=2),
     )
 )
 _quotient("DivBackward0", _divide, softmax=Normalised())

@@ -226,15 +226,11 @@ register(
         hides=lambda starts, present: starts,
     )
 )
-linear_operation(
-    "LogsumexpBackward0",
-    "LogcumsumexpBackward0",
-    family="reduction",
-    rule=Taylor(),
-    operands="+",
-    saved={0: "self"},
-    result="result",
-)
+_smooth: dict[str, Any] = {
+    "family": "reduction", "rule": Taylor(), "operands": "+", "saved": {0: "self"}, "result": "result"
+}  # fmt: skip
+linear_operation("LogsumexpBackward0", softmax=Taylor(), **_smooth)
+linear_operation("LogcumsumexpBackward0", **_smooth)
 
 # Statistics are coefficients where they divide. Read as signals, norms, distances and deviations have degree 1, in all
 # their operands together, and the variance has 2. A norm of order 0 counts, and is a coefficient.

@@ -692,7 +692,31 @@ def _twice(x: Tensor) -> Tensor:
     return torch.exp(x) / torch.sum(torch.exp(x), -1, keepdim=True)
 
 
-SOFTMAXES = {"twice": _twice, "plain": _plain_quotient, "shifted": _shifted, "detached": _detached, "masked": _masked}
+def _reciprocal(x: Tensor) -> Tensor:
+    e = torch.exp(x - x.detach().amax(-1, keepdim=True))
+    return e * e.sum(-1, keepdim=True).reciprocal()
+
+
+def _one_over(x: Tensor) -> Tensor:
+    e = x.exp()
+    return (1 / e.sum(-1, keepdim=True)) * e
+
+
+def _less_logsumexp(x: Tensor) -> Tensor:
+    return torch.exp(x - x.logsumexp(-1, keepdim=True))
+
+
+SOFTMAXES = {
+    "twice": _twice,
+    "plain": _plain_quotient,
+    "shifted": _shifted,
+    "detached": _detached,
+    "masked": _masked,
+    "reciprocal": _reciprocal,
+    "one over": _one_over,
+    "less logsumexp": _less_logsumexp,
+    "exp of log_softmax": lambda x: torch.log_softmax(x, -1).exp(),
+}
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -749,6 +773,25 @@ def test_other_quotients_are_no_softmax(other: Callable[[Tensor], Tensor]) -> No
     ledger = explain(other, x, lambda y: (y * m).sum(-1)).ledger
     assert ("offsets", "DivBackward0") not in ledger.by_operation()
     assert ledger.closes
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: x.cosh() * x.cosh().sum(-1, keepdim=True).reciprocal(),
+        lambda x: x.exp() * x.exp().sum(-1, keepdim=True),
+        lambda x: torch.exp(x - (2 * x).logsumexp(-1, keepdim=True)),
+        lambda x: torch.exp(x + x.logsumexp(-1, keepdim=True)),
+        lambda x: torch.exp(x.logsumexp(-1, keepdim=True) - x),
+    ],
+    ids=["another function", "times the sum", "another logsumexp", "a sum", "turned round"],
+)
+def test_other_products_and_exponentials_are_no_softmax(other: Callable[[Tensor], Tensor]) -> None:
+    """A composite's rule for the role finds nothing."""
+    x, m = draw(0, 3, 4), draw(1, 3, 4)
+    spied = Composite.of("spied", {When(role="softmax"): Hold()})
+    ours, plain = (explain(other, x, lambda y: (y * m).sum(-1), composite=c) for c in (spied, "attnlrp"))
+    same(ours.relevance, plain.relevance)
 
 
 def test_only_the_softmax_of_attention_is_held_in_cplrp() -> None:
