@@ -99,6 +99,7 @@ class Expander:
                 for place, edge in present
                 if step.plan.kinds[place] >= Kind.COEFFICIENT and not signals[place]
             ),
+            traits=tuple((edge.node, trait) for place, edge in present if any(trait := step.plan.traits[place])),
             modules=(modules,) * len(graph.nodes) if self.composite.by_path else None,
             first=step.plan.first,
             last=step.plan.last,

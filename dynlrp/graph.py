@@ -27,6 +27,26 @@ CHANGED = "modified by an inplace operation"
 """What it says of those that were changed."""
 
 
+class Trait(NamedTuple):
+    """What a tensor is as the factor of a product, seen through constant multiples."""
+
+    gate: bool = False
+    """A sigmoid, silu, gelu or tanh, maybe with a constant added."""
+    nonnegative: bool = False
+    """That function is never negative."""
+    weights: bool = False
+    """Rows of a softmax or a sum of such, maybe with a constant added."""
+    routed: bool = False
+    """Such entries or gates, chosen or divided by their own sum."""
+    decay: bool = False
+    """An exponential."""
+    summed: bool = False
+    """An exponential of running sums or of their differences."""
+
+
+NO_TRAIT = Trait()
+
+
 class Edge(NamedTuple):
     """A tensor of the graph: output ``output`` of node ``node``."""
 
@@ -68,6 +88,8 @@ class Structure:
     """Leaf nodes whose relevance is asked for although they are weights."""
     coefficients: tuple[int, ...] = ()
     """Leaf nodes that stand for coefficients of a larger graph."""
+    traits: tuple[tuple[int, Trait], ...] = ()
+    """Leaf nodes that stand for gates, attention weights or decays of a larger graph, and what they are."""
     modules: tuple[tuple[str, ...], ...] | None = None
     """Paths of the modules that every node ran in, innermost last; only where the composite selects by path."""
     first: bool = True

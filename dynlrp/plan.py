@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dynlrp.composite import Composite, Site
 from dynlrp.errors import InputError, NoPathError
-from dynlrp.graph import LEAF, Edge, Structure
-from dynlrp.roles import NO_ROLE, roles
+from dynlrp.graph import LEAF, NO_TRAIT, Edge, Structure, Trait
+from dynlrp.roles import NO_ROLE, read
 from dynlrp.rules import Ungated
 from dynlrp.rules.operation import (
     REGISTRY,
@@ -86,6 +86,8 @@ class StepPlan:
     operands: tuple[Edge | None, ...]
     kinds: tuple[Kind, ...]
     signals: tuple[bool, ...]
+    traits: tuple[Trait, ...]
+    """What operands are as factors, for products that the operation is made of."""
     booked: tuple[bool, ...]
     """Operands whose relevance ends here, in the ledger (parameters, coefficients)."""
     observed: tuple[bool, ...]
@@ -225,7 +227,7 @@ class _Planner:
         self.on_unknown = on_unknown
         self.count = len(structure.names)
         self.facts = {index: fact for (index, _), fact in zip(structure.skeleton.telling, structure.facts, strict=True)}
-        self.roles = roles(structure)
+        self.roles, self.traits = read(structure)
         self.sources = frozenset(structure.sources)
         self.consumers: dict[Edge, list[tuple[int, int]]] = {}
         for index, operands in enumerate(structure.operands):
@@ -481,6 +483,7 @@ class _Planner:
             operands=operands,
             kinds=kinds,
             signals=signals,
+            traits=tuple(NO_TRAIT if edge is None else self.traits[edge.node] for edge in operands),
             booked=booked,
             observed=tuple(
                 edge is not None and kind is Kind.PARAMETER and self.observes[edge.node]

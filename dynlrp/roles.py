@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from dynlrp.graph import Edge, Graph, Structure
+from dynlrp.graph import NO_TRAIT, Edge, Graph, Structure, Trait
 from dynlrp.rules.operation import REGISTRY, VJP, Operation
 
 POINTWISE = frozenset({"elementwise", "piecewise linear", "scaling", "addition", "product", "quotient"})
@@ -30,29 +30,15 @@ class Role(NamedTuple):
 NO_ROLE = Role(frozenset())
 
 
-class Trait(NamedTuple):
-    """What a tensor is as the factor of a product, seen through constant multiples."""
-
-    gate: bool = False
-    """A sigmoid, silu, gelu or tanh, maybe with a constant added."""
-    nonnegative: bool = False
-    """That function is never negative."""
-    weights: bool = False
-    """Rows of a softmax or a sum of such, maybe with a constant added."""
-    routed: bool = False
-    """Such entries or gates, chosen or divided by their own sum."""
-    decay: bool = False
-    """An exponential."""
-    summed: bool = False
-    """An exponential of running sums or of their differences."""
-
-
-NO_TRAIT = Trait()
-
-
 def roles(graph: Structure | Graph, sources: Iterable[Edge] = ()) -> dict[int, Role]:
-    """Roles by node index. Tensors that no source lies behind are constants, recorded or not; a structure has its own
-    sources.
+    """Roles by node index, see :func:`read`."""
+    return read(graph, sources)[0]
+
+
+def read(graph: Structure | Graph, sources: Iterable[Edge] = ()) -> tuple[dict[int, Role], list[Trait]]:
+    """Roles by node index, and the traits of every node's outputs.
+
+    Tensors that no source lies behind are constants, recorded or not; a structure has its own sources.
 
     ``attention``: a softmax whose rows weigh another signal in a product, and that product.
     ``softmax``: a softmax written out, as the quotient of exponentials by their own sum (or a product with the
@@ -67,7 +53,8 @@ def roles(graph: Structure | Graph, sources: Iterable[Edge] = ()) -> dict[int, R
     """
     if isinstance(graph, Structure):
         sources = (*graph.sources, *(Edge(index, 0) for index in graph.coefficients))
-    return _Reader(graph, sources).roles()
+    reader = _Reader(graph, sources)
+    return reader.roles(), reader.traits
 
 
 class _Reader:
@@ -77,6 +64,7 @@ class _Reader:
         sources = frozenset(sources)
         reaches: list[bool] = []
         self.names = graph.names
+        self.leaves = dict(graph.traits) if isinstance(graph, Structure) else {}
         self.known = [REGISTRY.get(name) for name in graph.names]
         self.operands: list[tuple[Edge | None, ...]] = []
         """Those that a source lies behind; the others are None, as what autograd did not record."""
@@ -182,7 +170,9 @@ class _Reader:
 
     def _trait(self, index: int, operation: Operation | None) -> Trait:
         if operation is None:
-            return NO_TRAIT
+            trait = self.leaves.get(index, NO_TRAIT)
+            # The softmax lies outside, where no role of a product in here reaches: the product is its gate.
+            return trait._replace(routed=trait.routed or trait.weights)
         if self._is_softmax(index):
             return Trait(weights=True)
         if operation.gate:

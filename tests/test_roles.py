@@ -140,6 +140,39 @@ def test_a_gru_as_the_papers_write_it() -> None:
     agrees(explain(written, x, torch.sum, composite="cplrp"), fused.relevance)
 
 
+@pytest.mark.parametrize("composite", ["auto", "cplrp"])
+@pytest.mark.parametrize(
+    "gate",
+    [
+        torch.sigmoid,
+        lambda z: 1 - z.sigmoid(),
+        lambda z: 2 * F.silu(z),
+        lambda z: torch.softmax(z, -1),
+        lambda z: torch.softmax(z, -1).topk(3, -1).values,
+        lambda z: torch.exp(-z),
+        torch.sin,
+    ],
+    ids=["sigmoid", "one less", "silu", "softmax", "router", "decay", "none"],
+)
+def test_roles_reach_into_operations_that_are_expanded(gate: Callable[[Tensor], Tensor], composite: str) -> None:
+    """Fused products know what their operands are, as products that are written out do."""
+    zero = torch.zeros(2, 3, dtype=torch.float64)
+    ways: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+        "addcmul": (lambda z, n: torch.addcmul(zero, gate(z), n.tanh()), lambda z, n: gate(z) * n.tanh()),
+        "swapped": (lambda z, n: torch.addcmul(n, n.sin(), gate(z)), lambda z, n: n + n.sin() * gate(z)),
+        "lerp": (lambda z, n: torch.lerp(zero, n.tanh(), gate(z)), lambda z, n: gate(z) * n.tanh()),
+        "between": (
+            lambda z, n: torch.lerp(n.cos(), n.sin(), gate(z)),
+            lambda z, n: n.cos() + gate(z) * (n.sin() - n.cos()),
+        ),
+    }
+    for fused, written in ways.values():
+        ours, expected = (explain(f, (X, Y), torch.sum, composite=composite) for f in (fused, written))
+        assert ours.ledger.closes
+        for found, wanted in zip(ours.relevance, expected.relevance, strict=True):
+            same(*(torch.zeros_like(X) if r is None else r for r in (found, wanted)))
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("mask", [None, torch.tensor([[True, False, True]])])
 def test_a_state_that_decays(swapped: bool, mask: Tensor | None) -> None:
