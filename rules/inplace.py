@@ -2,84 +2,57 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
-from dynlrp.errors import RuleError
 from dynlrp.rules.operation import Operation, register
 
-COPIES = frozenset(
-    {
-        "_to_copy", "alias", "as_strided", "clone", "copy_", "detach", "device", "empty_strided", "expand", "fill_",
-        "masked_fill", "masked_fill_", "neg", "new_empty_strided", "new_zeros", "ones", "permute", "reshape", "select",
-        "slice", "squeeze", "sum", "t", "threshold_backward", "transpose", "unsqueeze", "view", "zero_", "zeros",
-        "zeros_like",
-    }
-)  # fmt: skip
-"""What derivatives of copies, sums and fills are made of."""
-MANY = 8
-"""Fewer elements may have the same derivative by chance."""
+KINKS = frozenset(
+    {"HardtanhBackwardBackward0", "LeakyReluBackwardBackward0", "SgnBackward0", "ThresholdBackwardBackward0"}
+)
+"""What makes derivatives out of pieces that are constant."""
 
 
-class _Traces(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows what a derivative does with its tensors, by the memory they lie in: ``scaled`` by a number, or
-    ``changed`` by more than copies, fills and sums."""
+class _Calls(TorchFunctionMode):
+    """Whether Python calls torch: the backward of a custom function does, autograd's own derivatives do not."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._marks: dict[int, frozenset[str]] = {}
-        self._seen: list[Tensor] = []  # so that no memory is used twice
+    seen = False
 
-    def marks(self, tensor: Tensor) -> frozenset[str]:
-        return self._marks.get(tensor.untyped_storage()._cdata, frozenset())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        name = func.__name__.partition(".")[0]
-        found = frozenset[str]().union(*(self.marks(a) for a in args if isinstance(a, Tensor)))
-        if name in ("mul", "mul_", "div", "div_") and not (isinstance(args[1], Tensor) and args[1].ndim):
-            found |= {"scaled"}
-        elif name not in COPIES:
-            found |= {"changed"}
-        if isinstance(made, Tensor):
-            self._marks[made.untyped_storage()._cdata] = found
-            self._seen.append(made)
-        return made
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = True
+        return func(*args, **(kwargs or {}))
 
 
 def _passes(node: Any) -> bool:
-    """Whether every element of the tensor is passed on, dropped or scaled by one number.
+    """Whether what was written is linear, up to a constant, in all recorded operands together.
 
-    The node does not tell which operation wrote. If its derivative is 0 or 1 it was a copy, a sum or a fill, or acts
-    like one: linear up to a constant. One other number, for many elements and with no second operand, is a scaling
-    (a function of equal numbers would look the same). Anything else may be linear, or may not be. Fake tensors have no
-    numbers: there the operations that the derivative is made of tell, or an error.
+    The node does not tell which operation wrote; its derivatives do. Recorded as they are computed, they depend on no
+    operand: the old values and what is written to them are added, copied, dropped, or scaled by constants. The
+    derivative of a piecewise linear function (relu) depends on the old values by their sign alone. No number is
+    looked at, so that fake tensors will do.
     """
     metadata = node._input_metadata[0]
     ones = torch.ones(metadata.shape, dtype=metadata.dtype, device=metadata.device)
-    traces = _Traces()
-    with traces if isinstance(ones, FakeTensor) else nullcontext():
+    with torch.enable_grad(), _Calls() as calls:
         result = node(ones)
-    passed, *others = result if isinstance(result, tuple) else (result,)
-    if passed is None:
-        return True
-    if isinstance(passed, FakeTensor):  # no numbers to look at
-        found = traces.marks(passed)
-        if "changed" in found or ("scaled" in found and any(o is not None for o in others)):
-            raise RuleError(
-                "the numbers must tell what wrote into a part of a tensor here, and fake tensors have none: give the "
-                "model weights"
-            )
-        return True
-    scaled = passed[(passed != 0) & (passed != 1)]
-    if not len(scaled):
-        return True
-    return len(scaled) >= MANY and all(o is None for o in others) and bool((scaled == scaled[0]).all())
+    old, *written = result if isinstance(result, tuple) else (result,)
+    called = calls.seen and not isinstance(ones, FakeTensor)  # which are made in Python themselves
+    if called or any(x is not None and x.requires_grad for x in written):
+        return False
+    return old is None or old.grad_fn is None or _is_piecewise(old.grad_fn)
+
+
+def _is_piecewise(derivative: Any) -> bool:
+    waiting = [derivative]
+    for node in waiting:  # which grows
+        if node.name() in ("torch::autograd::CopySlices", "MulBackward0"):
+            waiting += [child for child, _ in node.next_functions if child is not None]
+        elif node.name() not in KINKS:
+            return False
+    return True
 
 
 register(
@@ -92,8 +65,9 @@ register(
         blocked=lambda passes: (
             ""
             if passes
-            else "an operation that is no copy, sum, fill or scaling by a number wrote into a view in place, and "
-            "autograd does not tell which: write it out of place, x = torch.cat([f(x[:1]), x[1:]]) instead of f_(x[:1])"
+            else "an operation that is no copy, sum, fill, scaling by a constant or piecewise linear function wrote "
+            "into a view in place, and autograd does not tell which: write it out of place, "
+            "x = torch.cat([f(x[:1]), x[1:]]) instead of f_(x[:1])"
         ),
     )
 )

@@ -187,19 +187,69 @@ def test_writes_into_views(composite: str) -> None:
     close(ours.relevance, plain.relevance)
 
 
+SCALE = torch.tensor([0.5, 0.0, 1.0, -2.0], dtype=torch.float64)
+SCALINGS: dict[str, tuple[Any, Any]] = {
+    "one column": (lambda y: y[:, :1].mul_(0.5), lambda y: y[:, :1] * 0.5),
+    "by constants": (lambda y: y[:, :4].mul_(SCALE), lambda y: y[:, :4] * SCALE),
+    "weighed sum": (lambda y: y[:, :4].lerp_(y[:, 4:].clone(), 0.3), lambda y: y[:, :4] * 0.7 + y[:, 4:] * 0.3),
+    "leaky": (lambda y: F.leaky_relu_(y[:, :4], 0.2), lambda y: F.leaky_relu(y[:, :4], 0.2)),
+    "size": (lambda y: y[:, :4].abs_(), lambda y: y[:, :4].abs()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 3, 9])
+@pytest.mark.parametrize("name", SCALINGS)
+def test_linear_writes_into_views(name: str, batch: int) -> None:
+    """Whatever the numbers are, and however many of them."""
+    write, written = SCALINGS[name]
+
+    def in_place(x: Tensor) -> Tensor:
+        y = x * 2
+        write(y)
+        return y @ W
+
+    def out_of_place(x: Tensor) -> Tensor:
+        y = x * 2
+        front = written(y)
+        return torch.cat([front, y[:, front.shape[1] :]], 1) @ W
+
+    x = draw(7, batch, 8)
+    ours, plain = explain(in_place, x, 0), explain(out_of_place, x, 0)
+    close(ours.relevance, plain.relevance)
+    assert ours.ledger.closes
+    assert ours.ledger.accounts["constants"] == pytest.approx(plain.ledger.accounts["constants"], abs=1e-12)
+
+
+ONES = nn.Parameter(torch.ones(2).double())
+
+
 @pytest.mark.parametrize(
     "write",
     [
-        lambda y: y[:, :2].sigmoid_(),
-        lambda y: y[:1, :2].fill_(0.0).add_(y[:1, :1] * 0).sigmoid_(),
-        lambda y: y[:, :2].mul_(y[:, 2:4].clone()),
+        lambda y, x: y[:, :2].sigmoid_(),
+        lambda y, x: y[:1, :2].fill_(0.0).add_(y[:1, :1] * 0).sigmoid_(),
+        lambda y, x: y[:, :2].mul_(y[:, 2:4].clone()),
+        lambda y, x: y[:, :2].mul_(F.hardtanh(x[:, 2:4] * 1e3, 0.0, 1.0)),
+        lambda y, x: y[:, :2].mul_(ONES),
+        lambda y, x: y[:, :2].addcmul_(x[:, 2:4], x[:, :2]),
+        lambda y, x: y[:, :2].addcdiv_(x[:, 2:4], x[:, :2]),
+        lambda y, x: y[:, :3].addmm_(x, x.T),
+        lambda y, x: y[None, :, :3].baddbmm_(x[None], x.T[None]),
+        lambda y, x: Exponential.apply(y[:, :2]),
     ],
-    ids=["sigmoid", "sigmoid of few equal numbers", "product"],
-)
-def test_other_writes_are_an_error(write: Any) -> None:
+    ids=[
+        "sigmoid", "sigmoid of few equal numbers", "product", "product with zeros and ones", "gain of one", "addcmul",
+        "addcdiv", "addmm", "baddbmm", "custom",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("old", ["zeros", "input"])
+def test_other_writes_are_an_error(write: Any, old: str) -> None:
+    """Also where the derivative by the old values is 0 or 1, as if it were a copy or a sum: the product would be booked
+    once for each factor."""
+
     def model(x: Tensor) -> Tensor:
-        y = x * 2
-        write(y)
+        y = x * 2 if old == "input" else x.new_zeros(x.shape).add_(x * 0)
+        write(y, x)
         return y @ W
 
     x = draw(7, 3, 8)
@@ -208,6 +258,32 @@ def test_other_writes_are_an_error(write: Any) -> None:
     found = explain(model, x, 0, on_unknown="gradient")
     assert found.ledger.fallbacks
     assert found.ledger.closes
+
+
+def test_products_written_into_new_tensors() -> None:
+    """A tensor of constants is not recorded, so that the derivative by the factors alone can tell."""
+
+    def model(x: Tensor) -> Tensor:
+        y = x.new_zeros(3, 8)
+        y[:, :3].addmm_(x, x.T)
+        return y @ W
+
+    with pytest.raises(UnknownOperationError, match="out of place"):
+        explain(model, draw(7, 3, 8), 0)
+
+
+class Exponential(torch.autograd.Function):
+    """In place, with a derivative that autograd cannot see into."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.result = x.exp_().clone()
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.result
 
 
 def test_a_saved_tensor_that_was_written_over() -> None:
