@@ -22,12 +22,14 @@ class UnknownOperationError(DynLRPError):
             f"  {name} in {path or 'the model itself'}" + (f": {self.reasons[name]}" if name in self.reasons else "")
             for name, path in self.operations
         )
-        first = self.operations[0][0]
-        super().__init__(
-            f"{len(self.operations)} operation(s) have no rule:\n{places}\n"
+        first = next((name for name, _ in self.operations if name not in self.reasons), "")
+        register = (
             f"Register a rule with @dynlrp.rules.rule('{first}'). Only if the operation is linear in all its\n"
-            f"operands, one line is enough: dynlrp.rules.linear_operation('{first}').\n"
-            f"Or pass on_unknown='gradient' to treat these operations as their gradient (the ledger then lists them)."
+            f"operands, one line is enough: dynlrp.rules.linear_operation('{first}').\nOr pass"
+        )
+        super().__init__(
+            f"{len(self.operations)} operation(s) have no rule:\n{places}\n{register if first else 'Or pass'} "
+            f"on_unknown='gradient' to treat these operations as their gradient (the ledger then lists them)."
         )
 
 

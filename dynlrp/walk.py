@@ -18,7 +18,7 @@ from dynlrp.errors import (
     RuleError,
 )
 from dynlrp.graph import CHANGED, FREED, Edge, Graph, fit, saved, vjp
-from dynlrp.ledger import Ledger
+from dynlrp.ledger import ACCOUNTS, Ledger
 from dynlrp.plan import Link, Plan, StepPlan
 from dynlrp.precision import Wide
 from dynlrp.promise import SINCE, Promises, intact, plain
@@ -92,9 +92,10 @@ class LiveStep:
             edge, attribute = self.plan.operands[index], self.operation.saved.get(index)
             if self.met.get(key) and edge is not None:
                 value = self._walk.promises.take(edge)
-            else:
-                assert attribute is not None
+            elif attribute is not None:
                 value = plain(self.saved(attribute))
+            else:
+                raise RuleError(f"a rule for {self.name} took operand {index} without needs=[Need({index})]")
             self._values[key] = value
         return value
 
@@ -103,10 +104,12 @@ class LiveStep:
         value = self._values.get(key)
         if value is None:
             result = self._result(number)
-            if self.met.get(key) or not result:
+            if self.met.get(key):
                 value = self._walk.promises.take(*self._head(number))
-            else:
+            elif result:
                 value = plain(self.saved(result))
+            else:
+                raise RuleError(f"a rule for {self.name} took the output without needs=[Need(None)]")
             self._values[key] = value
         return value
 
@@ -117,6 +120,8 @@ class LiveStep:
             self.merged.forget()
 
     def book(self, account: Account, amount: Tensor) -> None:
+        if account not in ACCOUNTS:
+            raise RuleError(f"a rule for {self.name} books into {account!r}; there are {', '.join(ACCOUNTS)}")
         if self.plan.travels:
             self._walk.ledger.book(account, self.name, self.node._sequence_nr(), amount)
 

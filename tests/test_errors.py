@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,7 +32,8 @@ from dynlrp import (
     relevance,
     rules,
 )
-from dynlrp.rules import Gamma
+from dynlrp.rules import REGISTRY, Gamma, Operation
+from dynlrp.rules.operation import FunctionRule
 from tests.conftest import Apply, Opaque, bias_free, close, gradient_x_input
 
 X = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -353,3 +355,25 @@ def test_a_mask_of_minus_infinity_is_not_an_error(composite: str) -> None:
     x = torch.randn(2, 3, 4, dtype=torch.float64)
     model = nn.Sequential(Apply(lambda x: layer(x, src_mask=mask)), nn.Flatten())
     assert bool(torch.isfinite(explain(model, x, 7, composite=composite).relevance).all())
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (lambda step, m: [m[0] * step.operand(0)], "took operand 0 without needs=[Need(0)]"),
+        (lambda step, m: [m[0] * step.output()], "took the output without needs=[Need(None)]"),
+        (lambda step, m: [step.book("nothing", m[0].sum())], "books into 'nothing'; there are inputs"),
+    ],
+)
+def test_a_rule_is_told_what_it_did_wrong(body: Callable[..., Any], said: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(REGISTRY, "SinBackward0", Operation("SinBackward0", "custom", rule=FunctionRule(body)))
+        with pytest.raises(RuleError, match=re.escape(said)):
+            explain(lambda x: x.sin().sum(1), X)
+
+
+def test_a_blocked_operation_is_not_offered_a_rule() -> None:
+    with pytest.raises(UnknownOperationError) as caught:
+        explain(lambda x: F.mse_loss(x, x.detach() + 1, reduction="none").sum(1), X)
+    assert "explain what goes into it" in str(caught.value)
+    assert "linear_operation" not in str(caught.value)
