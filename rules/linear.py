@@ -152,7 +152,8 @@ class TermRule(Rule):
         return needs
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
-        g, math = grads[0], step.operation.math
+        g = grads[0]
+        math: LinearMap = step.operation.math
         results: list[Tensor | None] = [None] * len(step.wants)
         if g is None:
             return results
@@ -175,10 +176,11 @@ class TermRule(Rule):
                 if term.bias is not None and b is not None:
                     if step.merged is not None:
                         self._pass_merged_bias(step, results, term.bias, b, s)
-                    elif step.wants[math.bias] and self.emits == "relevance":
-                        _add(results, math.bias, math.bias_sum(step, term.bias * s))
-                    elif step.wants[math.bias]:
-                        _add(results, math.bias, math.bias_backward(step, _ratio(term.bias, b) * s))
+                    elif math.bias is not None and step.wants[math.bias]:
+                        if self.emits == "relevance":
+                            _add(results, math.bias, math.bias_sum(step, term.bias * s))
+                        else:
+                            _add(results, math.bias, math.bias_backward(step, _ratio(term.bias, b) * s))
         return results
 
     def _pass_merged_bias(self, step: Step, results: list[Tensor | None], part: Tensor, b: Tensor, s: Tensor) -> None:
@@ -290,7 +292,8 @@ class Epsilon(TermRule):
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
         if not self._limit:
             return super().__call__(step, grads)
-        g, math = grads[0], step.operation.math
+        g = grads[0]
+        math: LinearMap = step.operation.math
         results: list[Tensor | None] = [None] * len(step.wants)
         if g is None:
             return results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -455,6 +455,5 @@ __all__ = [
     "blocked",
     "linear_operation",
     "register",
-    "replace",
     "rule",
 ]  # fmt: skip

@@ -194,12 +194,7 @@ def _cell_operands(step: Any, operands: Sequence[Tensor | None], state: str) -> 
 
 
 def _lstm_cell(step: Any, *operands: Tensor | None) -> tuple[Tensor | None, ...]:
-    a, b, c, *biases = (
-        _at_hand(value, step.saved(name))
-        for value, name in zip(
-            operands, ("input_gates", "hidden_gates", "cx", "input_bias", "hidden_bias"), strict=True
-        )
-    )
+    a, b, c, *biases = _cell_operands(step, operands, "cx")
     gates = a + b
     for bias in biases:
         gates = gates if bias is None else gates + bias
@@ -207,12 +202,7 @@ def _lstm_cell(step: Any, *operands: Tensor | None) -> tuple[Tensor | None, ...]
 
 
 def _gru_cell(step: Any, *operands: Tensor | None) -> tuple[Tensor | None, ...]:
-    a, b, h, *biases = (
-        _at_hand(value, step.saved(name))
-        for value, name in zip(
-            operands, ("input_gates", "hidden_gates", "hx", "input_bias", "hidden_bias"), strict=True
-        )
-    )
+    a, b, h, *biases = _cell_operands(step, operands, "hx")
     a, b = (gates if bias is None else gates + bias for gates, bias in zip((a, b), biases, strict=True))
     return gru_state(a, b, h), None
 
