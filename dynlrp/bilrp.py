@@ -35,6 +35,7 @@ def bilrp(
     chunk: int | None = None,
     composite: str | Composite = "auto",
     output: str | int | None = None,
+    precision: torch.dtype | None = None,
     on_unknown: OnUnknown = "error",
     allow_training: bool = False,
 ) -> Interaction:
@@ -50,7 +51,7 @@ def bilrp(
         positions: from relevance of the input's shape to that of positions, ``(batch, positions)``, such as patches of
             a picture. By default tokens, series of vectors by their sum over the last dimension, and pictures pixel by
             pixel, summed over their channels.
-        chunk, composite, output, on_unknown, allow_training: as in :func:`dynlrp.explain_many`.
+        chunk, composite, output, precision, on_unknown, allow_training: as in :func:`dynlrp.explain_many`.
     """
     if similarity not in ("dot", "cosine"):
         raise InputError(f"similarity is 'dot' or 'cosine', not {similarity!r}")
@@ -59,8 +60,8 @@ def bilrp(
         """Embedding and relevance of its dimensions, ``(batch, dimensions)`` and ``(batch, dimensions, positions)``."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for number, explanation in explanations(
-            model, inputs, "all", chunk=chunk, composite=composite, output=output, on_unknown=on_unknown,
-            allow_training=allow_training,
+            model, inputs, "all", chunk=chunk, composite=composite, output=output, precision=precision,
+            on_unknown=on_unknown, allow_training=allow_training,
         ):  # fmt: skip
             relevance = (positions or _positions)(explanation.tensors()[0])
             if relevance.ndim != 2 or len(relevance) != len(explanation.value):

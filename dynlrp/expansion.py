@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from dynlrp.capture import Recorder
 from dynlrp.composite import Composite, innermost
-from dynlrp.errors import NoPathError, UnknownOperationError
+from dynlrp.errors import NoPathError, RuleError, UnknownOperationError
 from dynlrp.graph import Edge, Graph
 from dynlrp.ledger import Ledger
 from dynlrp.plan import Kind, UnknownNodes, make_plan
@@ -72,6 +72,7 @@ class Expander:
             with recorder:
                 made = function(step, *leaves)
                 outputs = made if isinstance(made, tuple) else (made,)
+                _agree(step, outputs, grads)
                 pairs = [(y, g) for y, g in zip(outputs, grads, strict=False) if y is not None and g is not None]
                 if not pairs:
                     return results
@@ -135,6 +136,19 @@ class Expander:
                 m = divide(m, plain(leaf).conj(), 0.0)
             results[place] = m
         return results
+
+
+def _agree(step: LiveStep, outputs: Sequence[Tensor | None], grads: Grads) -> None:
+    """A re-run gives what the operation gave, at least where relevance arrives."""
+    for number, g in enumerate(grads):
+        if g is None:
+            continue
+        y = outputs[number] if number < len(outputs) else None
+        if not isinstance(y, Tensor) or (not y.is_nested and y.shape != g.shape):
+            given = tuple(y.shape) if isinstance(y, Tensor) else y
+            raise RuleError(
+                f"the re-run of {step.name} gives {given} as output {number}, where the operation gave {tuple(g.shape)}"
+            )
 
 
 def _leaf(value: Tensor | None, attached: bool) -> Tensor | None:

@@ -77,6 +77,7 @@ def explain_generation(
     composite: str | Composite = "auto",
     chunk: int | None = None,
     progress: bool | None = None,
+    precision: torch.dtype | None = None,
     on_unknown: OnUnknown = "error",
 ) -> Generation:
     """Explain every token of a text that a model generates, by all tokens before it.
@@ -92,7 +93,7 @@ def explain_generation(
         prompt: a text, or its ids.
         continuation: the text, or ids, to explain; by default what the model generates greedily.
         max_new_tokens: how many tokens it generates at most.
-        composite, chunk, on_unknown: as in :func:`dynlrp.explain_many`.
+        composite, chunk, precision, on_unknown: as in :func:`dynlrp.explain_many`.
         progress: show a bar, which needs ``rich``. None shows one after two seconds where ``rich`` is installed.
 
     Raises:
@@ -117,7 +118,7 @@ def explain_generation(
     ledgers: list[Ledger] = []
     with _bar(count, progress) as advance:
         for _, explanation in explanations(
-            logits, inputs, range(count), chunk=chunk, composite=composite, on_unknown=on_unknown
+            logits, inputs, range(count), chunk=chunk, composite=composite, precision=precision, on_unknown=on_unknown
         ):
             found = [explanation.relevance[name] for name in inputs]
             assert all(isinstance(r, Tensor) for r in found)

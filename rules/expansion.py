@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dynlrp.errors import InputError
 from dynlrp.rules.operation import Grads, Need, Operation, Replay, Rule, Step, StepShape, register
 
 
@@ -19,6 +20,11 @@ class Expand(Rule):
     books = True
 
     def needs(self, step: StepShape) -> Sequence[Need]:
+        if not isinstance(step.operation.rule, Expand):
+            raise InputError(
+                f"{step.operation.name} has no re-run in plain operations, so Expand cannot explain it: give one with "
+                f"dynlrp.rules.expand(), and for a whole module a Composite in place of the rule"
+            )
         return [Need(i) for i, present in enumerate(step.present) if present]
 
     def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:

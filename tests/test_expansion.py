@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynlrp import BrokenPromiseError, RuleError, UnknownOperationError, explain, relevance
-from dynlrp.rules import expand
+from dynlrp import BrokenPromiseError, Composite, InputError, RuleError, UnknownOperationError, explain, relevance
+from dynlrp.rules import REGISTRY, Expand, Operation, expand
 from dynlrp.rules.operation import blocked
 from tests.conftest import close, same
 from tests.oracle import draw
@@ -294,3 +295,25 @@ def test_a_saved_tensor_that_was_written_over() -> None:
 
     with pytest.raises(BrokenPromiseError, match="in place"):
         explain(model, draw(7, 3, 8), 0)
+
+
+@pytest.mark.parametrize("family", ["elementwise", "dense", "product"])
+def test_only_operations_with_a_re_run_can_be_expanded(family: str) -> None:
+    composite = Composite.of("c", {family: Expand()})
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Squares()).double()
+    with pytest.raises(InputError, match="no re-run in plain operations"):
+        explain(model, draw(0, 2, 4), composite=composite)
+
+
+class Squares(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.sigmoid()
+
+
+@pytest.mark.parametrize("wrong", [lambda step, x: x.sum(), lambda step, x: None])
+def test_a_re_run_that_gives_something_else_is_an_error(wrong: Callable[..., Any]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        operation = Operation("SinBackward0", "composite", rule=Expand(), operands="+", replay=wrong, saved={0: "self"})
+        patch.setitem(REGISTRY, "SinBackward0", operation)
+        with pytest.raises(RuleError, match="the re-run of SinBackward0 gives"):
+            explain(lambda x: x.sin().sum(1), draw(0, 2, 4))
