@@ -199,9 +199,11 @@ def explanations(
     if audit and create_graph:
         raise InputError(TWICE)
     wide = None if precision is None else Wide(precision)
-    asked = targets if targets == "all" else list(targets)
+    asked, conditions = targets if targets == "all" else list(targets), list(conditions)
+    if create_graph:
+        _are_constants((asked, conditions))
     request = _Request(
-        model, inputs, asked, list(conditions), rules, _names(layers), _names(parameters), output, on_unknown, frozen,
+        model, inputs, asked, conditions, rules, _names(layers), _names(parameters), output, on_unknown, frozen,
         wide, audit, create_graph,
     )  # fmt: skip
     done: set[int] = set()
@@ -274,6 +276,8 @@ def relevance(
     """
     if audit and create_graph:
         raise InputError(TWICE)
+    if create_graph:
+        _are_constants(initial)
     rules = composite_named(composite)
     _check(on_unknown)
     tensors = [wrt] if isinstance(wrt, Tensor) else list(wrt)
@@ -349,6 +353,15 @@ def settle(
                 raise
         record = _lacking(runs) if record is None else EVERYTHING
     raise AssertionError("the last run records everything")
+
+
+def _are_constants(given: Any) -> None:
+    """Relevance that is to be differentiated is not differentiated by what it starts with or passes through."""
+    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(given)):
+        raise InputError(
+            "with create_graph=True, initial relevance and masks are constants: detach() those that require grad, or "
+            "make them a function of the output (target=lambda y: ...)"
+        )
 
 
 def _check(on_unknown: str) -> None:

@@ -269,3 +269,16 @@ def test_an_audit_is_asked_for_apart() -> None:
     x.requires_grad_()
     with pytest.raises(InputError, match="ask twice"):
         relevance(model(x)[:, 0], x, audit=True, create_graph=True)
+
+
+def test_what_relevance_starts_with_and_passes_through_is_constant() -> None:
+    """A gradient by it would be missing, so it is refused."""
+    model, x, weight = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4), torch.rand(2, 3, requires_grad=True)
+    with pytest.raises(InputError, match="are constants"):
+        explain(model, x, weight, create_graph=True)
+    with pytest.raises(InputError, match="are constants"):
+        explain(model, x, 0, condition={"0": weight}, create_graph=True)
+    y = model(x.requires_grad_())
+    with pytest.raises(InputError, match="are constants"):
+        relevance(y, x, initial=y * y, create_graph=True)
+    assert relevance(y, x, initial=(y * y).detach(), create_graph=True).relevance.requires_grad
