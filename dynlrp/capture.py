@@ -343,6 +343,8 @@ class Recorder(TorchFunctionMode):
         self._inner.__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "__set__":  # custom functions call it while they hold the lock of a view
+            return func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves((args, kwargs)):  # what custom functions made is seen where it is used
             self._keep(tensor)
         result = func(*args, **(kwargs or {}))
