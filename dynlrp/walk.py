@@ -353,9 +353,7 @@ class Walk:
             if step.balances:
                 self._balance(step, live, grads, results, booked)
         for link in step.links:
-            value = results[link.position]
-            if value is not None:
-                self._hand_on(step, live, link, value)
+            self._hand_on(step, live, link, results[link.position])
         if live is not None:
             live.forget()
 
