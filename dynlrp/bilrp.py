@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dynlrp.composite import Composite
 from dynlrp.errors import InputError
-from dynlrp.explain import OnUnknown, explanations
+from dynlrp.explain import explanations
+from dynlrp.options import OnUnknown, Options
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,14 @@ def bilrp(
     """
     if similarity not in ("dot", "cosine"):
         raise InputError(f"similarity is 'dot' or 'cosine', not {similarity!r}")
+    options = Options(
+        composite, output=output, precision=precision, on_unknown=on_unknown, allow_training=allow_training
+    )
 
     def factors(inputs: Any) -> tuple[Tensor, Tensor]:
         """Embedding and relevance of its dimensions, ``(batch, dimensions)`` and ``(batch, dimensions, positions)``."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        for number, explanation in explanations(
-            model, inputs, "all", chunk=chunk, composite=composite, output=output, precision=precision,
-            on_unknown=on_unknown, allow_training=allow_training,
-        ):  # fmt: skip
+        for number, explanation in explanations(model, inputs, "all", [{}], options, chunk):
             relevance = (positions or _positions)(explanation.tensors()[0])
             if relevance.ndim != 2 or len(relevance) != len(explanation.value):
                 raise InputError(f"positions= must return (batch, positions), not shape {tuple(relevance.shape)}")

@@ -14,12 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dynlrp.composite import Composite
 from dynlrp.errors import DynLRPError, InputError
-from dynlrp.explain import Settled, as_dicts, settle
+from dynlrp.explain import settle
 from dynlrp.fake import faked
 from dynlrp.graph import LEAF
+from dynlrp.inputs import as_dicts
 from dynlrp.plan import StepPlan
 from dynlrp.roles import roles
 from dynlrp.rules.operation import REGISTRY
+from dynlrp.run import Settled
 from dynlrp.target import Target
 from dynlrp.verification import Verification, verification
 

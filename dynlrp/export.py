@@ -12,11 +12,11 @@ from dynlrp.catalogue import class_of
 from dynlrp.coverage import capture, copies, covers
 from dynlrp.drawing import COLOURS, svg
 from dynlrp.errors import InputError
-from dynlrp.explain import Settled
 from dynlrp.graph import LEAF
 from dynlrp.pages import render
 from dynlrp.roles import NO_ROLE, roles
 from dynlrp.rules.operation import REGISTRY
+from dynlrp.run import Settled
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from dynlrp.composite import Composite
 from dynlrp.errors import InputError
-from dynlrp.explain import OnUnknown, explanations
+from dynlrp.explain import explanations
 from dynlrp.ledger import Ledger
+from dynlrp.options import OnUnknown, Options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,6 +100,7 @@ def explain_generation(
     Raises:
         InputError: nothing was generated, or the model cannot generate.
     """
+    options = Options(composite, precision=precision, on_unknown=on_unknown)
     device = next(model.parameters()).device
     given = _ids(tokenizer, prompt, device)
     seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
@@ -117,9 +119,7 @@ def explain_generation(
     values: list[Tensor] = []
     ledgers: list[Ledger] = []
     with _bar(count, progress) as advance:
-        for _, explanation in explanations(
-            logits, inputs, range(count), chunk=chunk, composite=composite, precision=precision, on_unknown=on_unknown
-        ):
+        for _, explanation in explanations(logits, inputs, range(count), [{}], options, chunk):
             found = [explanation.relevance[name] for name in inputs]
             assert all(isinstance(r, Tensor) for r in found)
             rows.append(torch.cat(found, 1)[0])

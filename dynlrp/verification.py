@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dynlrp.explain import as_dicts, call, explain, settle
+from dynlrp.explain import explain, settle
 from dynlrp.graph import LEAF
+from dynlrp.inputs import as_dicts, call
 from dynlrp.target import Seed, Target, find_output, make_seed
 
 Made = TypeVar("Made")

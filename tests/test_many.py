@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,12 +24,12 @@ from dynlrp import (
     explain_many,
     rules,
 )
+from dynlrp.run import Run
 from tests import oracle
 from tests.conftest import SAMPLES, close, same, sample
 from tests.operators import OPERATORS, Case, cases
 from tests.peers import models as peers
 
-engine: Any = importlib.import_module("dynlrp.explain")
 FAST = [name for name in SAMPLES if name != "efficientnet"]
 
 
@@ -38,7 +37,7 @@ FAST = [name for name in SAMPLES if name != "efficientnet"]
 def passes() -> Iterator[list[int]]:
     """How many seeds each pass was for."""
     sizes: list[int] = []
-    batched, alone = engine._Run._batched, engine._Run._pass
+    batched, alone = Run._batched, Run._pass
     inside = []
 
     def count_batched(self: Any, numbers: Any) -> Any:
@@ -56,8 +55,8 @@ def passes() -> Iterator[list[int]]:
         return alone(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine._Run, "_batched", count_batched)
-        patch.setattr(engine._Run, "_pass", count_alone)
+        patch.setattr(Run, "_batched", count_batched)
+        patch.setattr(Run, "_pass", count_alone)
         yield sizes
 
 
@@ -113,7 +112,7 @@ def test_chunks(chunk: int | None, expected: list[int]) -> None:
 def test_a_chunk_is_as_large_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs, _ = sample("vgg")
     largest = max(h.numel() * 8 for h in (model[:n](inputs) for n in range(len(model) + 1)))
-    monkeypatch.setattr(engine, "MEMORY", 8 * largest * 3)
+    monkeypatch.setattr("dynlrp.run.MEMORY", 8 * largest * 3)
     with passes() as sizes:
         explain_many(model, inputs, "all")
     assert max(sizes) <= 3
@@ -122,7 +121,7 @@ def test_a_chunk_is_as_large_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -
 
 def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs, _ = sample("vgg")
-    batched, tried = engine._Run._batched, []
+    batched, tried = Run._batched, []
 
     def limited(self: Any, numbers: Any) -> Any:
         tried.append(len(numbers))
@@ -130,7 +129,7 @@ def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None
             raise torch.OutOfMemoryError
         return batched(self, numbers)
 
-    monkeypatch.setattr(engine._Run, "_batched", limited)
+    monkeypatch.setattr(Run, "_batched", limited)
     many = explain_many(model, inputs, "all")
     assert tried == [5, 2, 3, 2]
     for target, found in enumerate(many):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -534,7 +533,7 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(sys.modules["dynlrp.explain"], "Recorder", Spied)
+    monkeypatch.setattr("dynlrp.request.Recorder", Spied)
     return made
 
 

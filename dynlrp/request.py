@@ -1,0 +1,151 @@
+"""What was asked of a model: its forward pass, and the runs that answer."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dynlrp.capture import EVERYTHING, Aliases, Recorder, Recording, Wanted, frozen_parameters
+from dynlrp.condition import Condition
+from dynlrp.errors import InputError, NonFiniteError, TargetError
+from dynlrp.inputs import Inputs, as_dicts, call
+from dynlrp.options import Options
+from dynlrp.places import ATTENTION, parse
+from dynlrp.rules.operation import REGISTRY
+from dynlrp.run import Run
+from dynlrp.target import Seed, Target, all_targets, find_output, make_seed
+
+
+@dataclass
+class Request:
+    """What was asked, so that a forward pass can be repeated."""
+
+    model: Any
+    inputs: Any
+    targets: list[Target] | Literal["all"]
+    conditions: list[Condition]
+    options: Options
+    frozen: bool
+    """Some parameter is."""
+
+    def forward(self, record: Wanted | None = None, release: bool = True) -> list[tuple[Run, list[int]]]:
+        """Run the model and gather what is wanted; the values of the tensors in ``record`` are kept on the way.
+
+        Returns a run for every tensor that relevance starts from, with the numbers of the pairs it is for.
+        """
+        options = self.options
+        attached = options.create_graph and release  # else it is only to be looked at
+        with torch.inference_mode(False), torch.enable_grad():
+            inputs = Inputs(self.inputs, attached)
+            places = list(dict.fromkeys([*options.layers, *(name for c in self.conditions for name in c)]))
+            recording = Recording(self.model, places, options.composite, attached)
+            parameters = self._parameters()
+            aliases = None
+            if self.frozen:
+                aliases = Aliases(frozen_parameters(self.model), list(parameters.values()))
+            wanted = EVERYTHING if options.audit else record
+            recorder = None if wanted is None else Recorder(wanted)
+            saving = nullcontext() if options.wide is None else options.wide.saving()
+            with recording.watching(), saving, aliases or nullcontext(), recorder or nullcontext():
+                result = call(self.model, inputs.arguments())
+            found = find_output(result, options.output)
+            targets, conditions = self._pairs(found, inputs.sizes())
+            groups: dict[tuple[int, bool], list[tuple[int, Seed]]] = {}
+            with recorder or nullcontext():
+                for number, target in enumerate(targets):
+                    seed = make_seed(found, target)
+                    groups.setdefault((id(seed.root), seed.relevance), []).append((number, seed))
+            returned = result if attached else None
+            del result, found
+            calls = recording.take_calls()
+            runs = []
+            for group in groups.values():
+                numbers = [number for number, _ in group]
+                run = Run(
+                    [seed for _, seed in group], options, attached=attached, release=release and not attached,
+                    recording=recording, calls=calls,
+                )  # fmt: skip
+                runs.append((run, numbers))
+                run.output, run.aliases = returned, aliases
+                if recorder is not None:
+                    run.keep(recorder, record)
+                inputs.want(run)
+                run.taps = {name: [] for name in recording.requested()}
+                for name, outputs in recording.outputs.items():
+                    for node, number, value, version in outputs:
+                        run.tap(name, node, number, value, version)
+                heads = [pattern for pattern in map(parse, places) if pattern[1] in ATTENTION]
+                if heads:
+                    run.tap_attention(heads)
+                run.place([conditions[number] for number in numbers])
+                for name, parameter in parameters.items():
+                    run.observe(name, parameter if aliases is None else aliases.stand_in(parameter))
+            recording.outputs.clear()
+        return runs
+
+    def diagnose(self, number: int) -> None:
+        """Run again with every value looked at, and raise for the first that is not finite."""
+        for place, leaf in enumerate(pytree.tree_leaves(as_dicts(self.inputs))):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+                raise NonFiniteError(f"input {place} holds NaN or infinity")
+        run, numbers = next(pair for pair in self.forward(EVERYTHING, release=False) if number in pair[1])
+        assert run.recording is not None
+        for node, _, value in run.recorded:
+            operation = REGISTRY.get(node.name())
+            if operation is not None and operation.copies:
+                continue
+            if bool((torch.isnan(value) | (value == torch.inf)).any()):  # scores may be masked with -inf
+                path = run.recording.path(node._sequence_nr())
+                raise NonFiniteError(f"an activation is not finite first behind {node.name()} in {path or 'the model'}")
+        place = numbers.index(number)
+        if not bool(torch.isfinite(run.values[place]).all()):
+            raise NonFiniteError("the explained output is not finite")
+        run.explain([place], check=True)
+        raise NonFiniteError("relevance is not finite")
+
+    def _pairs(self, output: Tensor, sizes: set[int]) -> tuple[list[Target], list[Condition]]:
+        """Targets and conditions, of the same length."""
+        targets = all_targets(output) if self.targets == "all" else self.targets
+        plain = any(target is None or isinstance(target, int) for target in targets)
+        if plain and output.ndim == 1 and sizes and len(output) not in sizes:
+            raise TargetError(
+                f"the output of shape {tuple(output.shape)} has no batch dimension that fits the inputs; add one in "
+                f"front of the inputs (x.unsqueeze(0)) so that the output is (batch, ...)"
+            )
+        if not targets or not self.conditions:
+            raise InputError("there are no targets" if not targets else "there are no conditions")
+        count = max(len(targets), len(self.conditions))
+        if {len(targets), len(self.conditions)} - {1, count}:
+            raise InputError(f"{len(targets)} targets do not pair with {len(self.conditions)} conditions")
+        return _repeated(targets, count), _repeated(self.conditions, count)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters whose relevance is wanted, by name."""
+        wanted = self.options.parameters
+        if not wanted:
+            return {}
+        if not isinstance(self.model, nn.Module):
+            raise InputError("parameters= needs an nn.Module")
+        everything = dict(self.model.named_parameters(remove_duplicate=False))
+        names: dict[str, nn.Parameter] = {}
+        found_once: set[int] = set()
+        for pattern in wanted:
+            found = [name for name in everything if fnmatch.fnmatchcase(name, pattern)]
+            if not found:
+                raise InputError(f"no parameter is called {pattern!r}; the model has {list(everything)[:8]} ...")
+            for name in found:
+                if name == pattern or id(everything[name]) not in found_once:  # a glob finds a tied one once
+                    names[name] = everything[name]
+                    found_once.add(id(everything[name]))
+        return names
+
+
+def _repeated(given: Sequence[Any], count: int) -> list[Any]:
+    return [given[n % len(given)] for n in range(count)]

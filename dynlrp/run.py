@@ -1,0 +1,457 @@
+"""A graph with what is wanted of it, and the passes through it that answer."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.utils import _pytree as pytree
+
+from dynlrp.auditor import AuditedLedger, Auditor
+from dynlrp.capture import Aliases, Call, Recorder, Recording, Wanted
+from dynlrp.composite import innermost
+from dynlrp.condition import Condition, channel_axis, mask
+from dynlrp.errors import (
+    BrokenPromiseError,
+    FreedGraphError,
+    InputError,
+    NoPathError,
+    RuleError,
+    UnknownOperationError,
+)
+from dynlrp.expansion import Expander, Paths
+from dynlrp.explanation import Explanation
+from dynlrp.graph import CHANGED, FREED, Edge, Graph, Node, Structure
+from dynlrp.ledger import Ledger
+from dynlrp.options import Options
+from dynlrp.places import Tap, attention, parse
+from dynlrp.plan import Plan, StepPlan, UnknownNodes, make_plan
+from dynlrp.promise import Promises
+from dynlrp.rows import Rows, find_rows
+from dynlrp.rules.operation import REGISTRY, product
+from dynlrp.submodule import Gathered
+from dynlrp.target import Seed
+from dynlrp.walk import Walk
+
+aten: Any = torch.ops.aten
+functorch: Any = torch._C._functorch
+
+MEMORY = 2**30
+"""Bytes that the multipliers of one pass over many targets may take, roughly."""
+
+
+class Settled(NamedTuple):
+    """A graph that relevance can travel through."""
+
+    graph: Graph
+    structure: Structure
+    plan: Plan
+    walk: Walk
+    promises: Promises
+    ledger: Ledger
+    keep: tuple[Edge, ...]
+    """Tensors whose relevance is wanted."""
+    path: Callable[[int], str]
+    """Module path of an operation by its sequence number."""
+
+    def steps(self) -> dict[int, StepPlan]:
+        """What happens at every node that relevance meets; at all nodes of a chain the same."""
+        return {index: step for step in self.plan.steps for index in step.chain or (step.index,)}
+
+    def facts(self) -> dict[int, Hashable]:
+        """What nodes tell of themselves beyond their name."""
+        skeleton = self.structure.skeleton
+        return {index: fact for (index, _), fact in zip(skeleton.telling, self.structure.facts, strict=True)}
+
+
+class Group(NamedTuple):
+    """One result: the tensors whose relevance makes it, and how ids read that of their embeddings."""
+
+    sources: Sequence[tuple[Edge, Rows | None]]
+    shape: torch.Size
+
+
+class Run:
+    """A graph with what is wanted of it."""
+
+    def __init__(
+        self,
+        seeds: Sequence[Seed],
+        options: Options,
+        *,
+        attached: bool = False,
+        release: bool = False,
+        recording: Recording | None = None,
+        calls: Sequence[Call] = (),
+    ) -> None:
+        """``seeds`` start from one tensor; ``calls`` are those of modules that are one step each. ``attached``:
+        relevance is to be part of a graph. ``release``: this one is free to go."""
+        node, number = get_gradient_edge(seeds[0].root)[:2]
+        self.graph = Gathered(node, calls) if calls else Graph(node)
+        root = self.graph.edge(node, number)
+        assert root is not None
+        self.root, self.seeded = root, seeds[0].relevance
+        self.starts = [seed.start for seed in seeds]
+        self.values = [seed.value for seed in seeds]
+        self.conditions: list[dict[Edge, Tensor]] = [{} for _ in seeds]
+        """Masks by the tensor they are for, for each seed."""
+        self.axes: dict[str, int] = {}
+        self.structure: Structure | None = None
+        self.plan: Plan | None = None
+        self.alone = False
+        """Some operation cannot take the multipliers of several seeds at once."""
+        self.options, self.attached, self.release = options, attached, release
+        self.recording = recording
+        self._running: Callable[[int], tuple[str, ...]] = lambda sequence: ()
+        """Paths of the modules that an operation ran in, innermost last, by its number."""
+        if recording is not None:
+            self._running = recording.modules
+        self.wide = wide = options.wide
+        if wide is not None:
+            self.starts = [wide.cast(start) for start in self.starts]
+        self.aliases: Aliases | None = None
+        self.groups: list[Group] = []
+        self.captured: dict[Edge, tuple[Tensor, int]] = self.graph.values()
+        whole = seeds[0].root
+        self.captured[root] = (whole if attached else whole.detach(), whole._version)
+        self.unlinked: dict[Edge, Tensor] = {}
+        self.recorded: list[tuple[Node, int, Tensor]] = []
+        self.auditor: Auditor | None = None
+        """Who watched the last pass."""
+        self.seen: dict[Edge, tuple[Tensor, int]] = {}
+        """What was recorded, by edge."""
+        self.missing: dict[Edge, int] = {}
+        """Tensors whose values nobody keeps, with the number of their node."""
+        self.taps: dict[str, list[Tap | None]] = {}
+        self.leaves: dict[str, Edge | None] = {}
+        self.rebuild: Callable[[list[Tensor | None]], Any] = lambda values: values
+        self.output: Any = None
+        """What the model returned, where relevance is to stand in a loss beside it."""
+
+    def want(self, node: Node, number: int, value: Tensor) -> int:
+        """Ask for the relevance of a tensor of the graph; returns the number of the result."""
+        edge = self.graph.edge(node, number)
+        if edge is not None:
+            self.captured[edge] = (value, value._version)
+        self.groups.append(Group([] if edge is None else [(edge, None)], value.shape))
+        return len(self.groups) - 1
+
+    def want_rows(self, inputs: Sequence[Tensor]) -> list[int]:
+        """Ask for one number per id of every embedding that one of ``inputs`` indexes; returns the numbers of the
+        results."""
+        first = len(self.groups)
+        found = find_rows(self.graph, inputs)
+        self.groups += [Group(embeddings, ids.shape) for embeddings, ids in zip(found, inputs, strict=True)]
+        return list(range(first, len(self.groups)))
+
+    def sources(self) -> list[Edge]:
+        """Tensors whose relevance makes the results."""
+        return list(dict.fromkeys(edge for group in self.groups for edge, _ in group.sources))
+
+    def tap(self, name: str, node: Node, number: int, value: Tensor, version: int) -> None:
+        """Ask for the relevance of a tensor on the way."""
+        edge = self.graph.edge(node, number)
+        shape = tuple(value.shape)
+        self.taps.setdefault(name, []).append(None if edge is None else Tap(edge, shape, shape))
+        if edge is not None and edge not in self.captured:
+            self.captured[edge] = (value, version)
+
+    def tap_attention(self, patterns: Sequence[tuple[str, str]]) -> None:
+        """Ask for what attention makes, by glob of the module and kind."""
+        assert self.recording is not None
+        found = list(attention(self.graph, self.sources(), self.recording.path, len(self.values[0])))
+        for glob, kind in patterns:
+            fits = [
+                (f"{path}:{kind}", tap) for path, of, tap in found if of == kind and fnmatch.fnmatchcase(path, glob)
+            ]
+            if not fits:
+                there = list(dict.fromkeys(f"{path}:{of}" for path, of, _ in found))
+                raise InputError(
+                    f"no attention makes {glob + ':' + kind!r}; there are {there[:10] or 'none at all'}"
+                    + (" (a fused kernel makes no weights)" if kind == "weights" else "")
+                )
+            for name, tap in dict.fromkeys(fits):
+                if tap not in self.taps.setdefault(name, []):
+                    self.taps[name].append(tap)
+
+    def place(self, conditions: Sequence[Condition]) -> None:
+        """Find the channels of tapped tensors, and make the masks of every seed's condition."""
+        for name, taps in self.taps.items():
+            self.axes.update((name, self._axis(tap)) for tap in taps[:1] if tap is not None)
+        for condition, masks in zip(conditions, self.conditions, strict=True):
+            for pattern, selection in condition.items():
+                glob, kind = parse(pattern)
+                names = [n for n in self.taps if parse(n)[1] == kind and fnmatch.fnmatchcase(parse(n)[0], glob)]
+                found = [(name, tap) for name in names for tap in self.taps[name] if tap is not None]
+                if not found:
+                    raise InputError(f"the condition on {pattern!r} cannot hold: no relevance passes through it")
+                for name, tap in found:
+                    chosen = tap.place(mask(selection, tap.shape, self._axis(tap), name))
+                    chosen = chosen.to(self.graph.nodes[tap.edge.node]._input_metadata[tap.edge.output].device)
+                    masks[tap.edge] = chosen if tap.edge not in masks else masks[tap.edge] * chosen
+
+    def _axis(self, tap: Tap) -> int:
+        return channel_axis(self.graph, tap.edge, tap.shape) if tap.axis is None else tap.axis
+
+    def keep(self, recorder: Recorder, promised: Wanted | None) -> None:
+        """Values of tensors: for an audit, and those that are ``promised`` to rules."""
+        start = 0 if self.recording is None else self.recording.start
+        self.recorded = list(recorder.values(self.graph.recorded()))
+        for node, number, value in self.recorded:
+            edge = self.graph.edge(node, number)
+            if edge is not None and self.attached:
+                self.unlinked[edge] = value
+            elif edge is not None:
+                self.seen[edge] = (value, value._version)
+                if promised is not None and (node._sequence_nr() - start, number) in promised:
+                    self.captured[edge] = self.seen[edge]
+
+    def observe(self, name: str, parameter: Tensor) -> None:
+        """Ask for the relevance of a parameter."""
+        self.leaves[name] = None
+        if parameter.requires_grad:
+            node, number = get_gradient_edge(parameter)[:2]
+            for step in self.graph.steps:
+                if node in step.leaves:
+                    raise InputError(
+                        f"parameter {name!r} is used inside of {step.path!r}, which the composite explains as one step"
+                    )
+            self.leaves[name] = self.graph.edge(node, number)
+
+    def explain(self, numbers: Sequence[int], check: bool = False) -> list[Explanation]:
+        """The explanations of some seeds, in one pass where that can be."""
+        try:
+            again = self.aliases if self.aliases is not None and self.aliases.reruns else nullcontext()
+            recording = torch.set_grad_enabled(self.attached)
+            with recording, torch.autocast(self.starts[0].device.type, enabled=False), again:
+                return self._together(numbers, check)
+        except RuntimeError as error:
+            if CHANGED in str(error):
+                raise BrokenPromiseError(f"a tensor that the graph saved was changed in place: {error}") from error
+            if FREED not in str(error):
+                raise
+            raise FreedGraphError(
+                "the saved tensors of this graph are gone: a backward pass freed them. Explain before backward(), or "
+                "call backward(retain_graph=True)."
+            ) from error
+
+    def room(self) -> int:
+        """How many multipliers of the largest tensor on the way ``MEMORY`` holds a few times over."""
+        if len(self.starts) == 1:
+            return 1
+        self.plan = self.plan or self._settled()
+        nodes = (self.graph.nodes[index] for step in self.plan.steps for index in step.chain or (step.index,))
+        sizes = [math.prod(made.shape) * made.dtype.itemsize for node in nodes for made in node._input_metadata if made]
+        return max(1, MEMORY // (8 * max(sizes, default=1)))
+
+    def _together(self, numbers: Sequence[int], check: bool) -> list[Explanation]:
+        """One pass for several seeds; where an operation cannot take several at once, one pass for each."""
+        if len(numbers) > 1 and not self.alone and not self.options.audit:
+            half = 0
+            try:
+                return self._batched(numbers)
+            except torch.OutOfMemoryError:
+                half = len(numbers) // 2  # tried when the error, which holds tensors, is gone
+            except (RuleError, RuntimeError):
+                self.alone = True  # what is wrong with the seeds themselves shows again
+            if half:
+                return self._together(numbers[:half], check) + self._together(numbers[half:], check)
+        found = []
+        for number in numbers:
+            release = self.release and number == len(self.starts) - 1
+            explanation = self._pass(self.starts[number], self.conditions[number], check, release)
+            found.append(self._finish(explanation, number))
+        return found
+
+    def _batched(self, numbers: Sequence[int]) -> list[Explanation]:
+        """One pass whose multipliers have a dimension for the seeds."""
+        edges = list(dict.fromkeys(edge for number in numbers for edge in self.conditions[number]))
+        masks = []
+        for edge in edges:
+            given = [self.conditions[number].get(edge) for number in numbers]
+            all_of_it = next(torch.ones_like(m, dtype=torch.bool) for m in given if m is not None)
+            masks.append(torch.stack(aten.broadcast_tensors([all_of_it if m is None else m for m in given])))
+        made: list[Explanation] = []
+
+        def run(start: Tensor, masks: list[Tensor]) -> list[Tensor]:
+            explanation = self._pass(start, dict(zip(edges, masks, strict=True)), False, False)
+            made.append(explanation)
+            return [*_tensors(explanation), *explanation.ledger.tensors()]
+
+        with quiet_vmap():
+            found = torch.func.vmap(run)(torch.stack([self.starts[number] for number in numbers]), masks)
+        return [self._finish(_filled(made[0], [t[place] for t in found]), n) for place, n in enumerate(numbers)]
+
+    def _finish(self, explanation: Explanation, number: int) -> Explanation:
+        ledger = explanation.ledger
+        explanation.value = self.values[number]
+        ledger._output = explanation.value.sum(dtype=torch.promote_types(explanation.value.dtype, torch.float32))
+        if self.auditor is not None:
+            explanation.audit, self.auditor = self.auditor.audit(explanation.value.dtype), None
+        if ledger.unresolved and ledger.closes:
+            ledger.unresolved.clear()  # constants that nobody kept add up to nothing: paddings and masks
+        return explanation
+
+    def _settled(self) -> Plan:
+        """The plan of this graph."""
+        sources = self.sources()
+        if not sources:
+            raise NoPathError(
+                "the output does not depend on any of the inputs through differentiable operations: integer inputs "
+                "count where they index an embedding, and torch.no_grad, detach and numpy cut the graph"
+            )
+        self.structure = self.graph.structure(
+            self.root,
+            sources,
+            kept=self._keep(),
+            seeded=self.seeded,
+            observed=tuple([edge.node for edge in self.leaves.values() if edge is not None]),
+            modules=self._modules() if self.options.composite.by_path else None,
+        )
+        return self._plan(self.structure)
+
+    def _keep(self) -> tuple[Edge, ...]:
+        """Edges whose relevance is wanted."""
+        tapped = (None if tap is None else tap.edge for taps in self.taps.values() for tap in taps)
+        return tuple(dict.fromkeys(e for e in (*self.sources(), *tapped, *self.leaves.values()) if e is not None))
+
+    def settle(self, masks: Mapping[Edge, Tensor], check: bool = False, release: bool = False) -> Settled:
+        """The rule of every operation and the keeper of every promise, without touching data."""
+        self.plan = plan = self.plan or self._settled()
+        keep = self._keep()
+        ledger = AuditedLedger() if self.options.audit else Ledger()
+        promises = Promises(self.graph, plan.consumers, self.captured, self.wide, self.unlinked)
+        places = Paths(self._running)
+        ledger._path = places.path
+        expand = Expander(self.options.composite, self.options.on_unknown, ledger, places)
+        auditor = None
+        if isinstance(ledger, AuditedLedger):
+            seen = {**self.captured, **self.seen}
+            auditor = Auditor(plan, self.graph, seen, ledger, places.path, self.root)
+        walk = Walk(
+            plan, self.graph, promises, ledger, expand, masks=masks, check=check, release=release, wide=self.wide,
+            auditor=auditor,
+        )  # fmt: skip
+        embeddings = [rows for group in self.groups for _, rows in group.sources if rows is not None]
+        tables = [rows.table for rows in embeddings if rows.table is not None]
+        values = (plan.activation(edge) for edge in (*keep, *masks))
+        try:
+            walk.settle([edge for edge in values if edge is not None] + tables)
+        finally:
+            self.missing |= {edge: self.graph.nodes[edge.node]._sequence_nr() for edge in promises.missing}
+        assert self.structure is not None
+        return Settled(self.graph, self.structure, plan, walk, promises, ledger, keep, places.path)
+
+    def _pass(self, start: Tensor, masks: Mapping[Edge, Tensor], check: bool, release: bool) -> Explanation:
+        """One pass; the explanation's value is left open."""
+        _, _, plan, walk, promises, ledger, keep, _ = self.settle(masks, check, release)
+        sources = self.sources()
+        visited = plan.visited
+        sequences = {edge: self.graph.nodes[edge.node]._sequence_nr() for edge in sources}
+        if release:
+            self.graph.forget()
+        self.auditor = walk.auditor
+        arrived = walk.run(start, self.root, keep)
+
+        def read(edge: Edge | None) -> Tensor | None:
+            if edge is None or edge not in arrived:
+                return None
+            activation = plan.activation(edge)
+            return arrived[edge] if activation is None else product(arrived[edge], promises.take(activation))
+
+        found = {edge: read(edge) for edge in keep}
+        for source in sources:
+            value = found[source]
+            if value is not None and source in plan.ends:
+                if walk.auditor is not None:
+                    walk.auditor.leaves(source)
+                ledger.book("inputs", self.graph.names[source.node], sequences[source], value.sum())
+        results: list[Tensor | None] = []
+        for group in self.groups:
+            parts = []
+            for edge, rows in group.sources:
+                part = found.get(edge)
+                if part is not None:
+                    table = None if rows is None or rows.table is None else promises.take(rows.table)
+                    parts.append(part if rows is None else rows.read(part, group.shape, table))
+            results.append(sum(parts[1:], parts[0]) if parts else None)
+
+        def shown(tap: Tap | None) -> Tensor | None:
+            value = None if tap is None else found.get(tap.edge)
+            return value if value is None or tap is None else tap.show(value)
+
+        return Explanation(
+            relevance=self.rebuild(results),
+            value=start,
+            ledger=ledger,
+            layers={name: _single([shown(tap) for tap in taps]) for name, taps in self.taps.items()},
+            parameters={name: found.get(edge) if edge else None for name, edge in self.leaves.items()},
+            promises=promises.report(visited),
+            composite=self.options.composite.name,
+            axes=self.axes,
+            output=self.output,
+        )
+
+    def _modules(self) -> tuple[tuple[str, ...], ...]:
+        """The same of every node, for a composite that selects by them."""
+        found = tuple([self._running(node._sequence_nr()) for node in self.graph.nodes])
+        paths = {innermost(modules) for modules in found}
+        matched = self.recording.matched if self.recording is not None else ()
+        composite = self.options.composite
+        for when in composite.conditions:
+            if when.path is not None and not fnmatch.filter(paths, when.path):
+                raise InputError(f"composite {composite.name!r} selects by path {when.path!r}, where no operation runs")
+            if when.module is not None and when not in matched:
+                raise InputError(
+                    f"composite {composite.name!r} selects the module {when.module!r}: "
+                    + (
+                        "no module that has this as its first name ran, or only inside of one that is a step already"
+                        if self.recording is not None
+                        else "a graph alone does not tell which modules it is from, use explain()"
+                    )
+                )
+        return found
+
+    def _plan(self, structure: Structure) -> Plan:
+        try:
+            return make_plan(structure, self.options.composite, self.options.on_unknown, REGISTRY.version)
+        except UnknownNodes as error:
+            numbers = [(name, self.graph.nodes[index]._sequence_nr()) for index, name in error.nodes]
+            places = [(name, innermost(self._running(number))) for name, number in numbers]
+            raise UnknownOperationError(places, error.reasons) from None
+
+
+def _tensors(explanation: Explanation) -> list[Tensor]:
+    """All relevance, in a fixed order."""
+    trees = (explanation.relevance, explanation.layers, explanation.parameters)
+    return [t for t in pytree.tree_leaves(trees) if isinstance(t, Tensor)]
+
+
+def _filled(explanation: Explanation, tensors: Sequence[Tensor]) -> Explanation:
+    """The same explanation with other relevance and other amounts."""
+    rest = iter(tensors)
+    trees = (explanation.relevance, explanation.layers, explanation.parameters)
+    relevance, layers, parameters = pytree.tree_map(lambda t: next(rest) if isinstance(t, Tensor) else t, trees)
+    ledger = explanation.ledger.with_tensors(list(rest))
+    return replace(explanation, relevance=relevance, layers=layers, parameters=parameters, ledger=ledger)
+
+
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Without a warning for each kernel that vmap runs once per seed, such as fused attention."""
+    functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_warning_enabled(True)
+
+
+def _single(values: list[Tensor | None]) -> Any:
+    return values if len(values) > 1 else values[0] if values else None
