@@ -26,11 +26,10 @@ def paper_page(reports: Sequence[Coverage], versions: Mapping[str, str]) -> str:
     total = report.summary(reports)
     covered, nodes = report.PAPER_TOTAL
     rows = [
-        ["the paper, leaves included", f"{nodes:,}", f"{covered:,}", _percent(covered / nodes), "2 missing"],
-        ["dynlrp", f"{total.nodes:,}", f"{total.covered:,}", _percent(total.share), _missing(total)],
-        ["dynlrp, leaves included", f"{total.nodes + total.leaves:,}", f"{total.covered + total.leaves:,}",
-         _percent((total.covered + total.leaves) / (total.nodes + total.leaves)), _missing(total)],
-    ]  # fmt: skip
+        ["the paper, leaves included", *_share(covered, nodes), "2 missing"],
+        ["dynlrp", *_share(total.covered, total.nodes), _missing(total)],
+        ["dynlrp, leaves included", *_share(total.covered + total.leaves, total.nodes + total.leaves), _missing(total)],
+    ]
     return f"""# The paper's fifteen models
 
 The models on which [Always Keep Your Promises](https://arxiv.org/abs/2512.07010) counts its coverage, at their
@@ -40,7 +39,7 @@ the same kinds, {total.passed} of {total.asked} of which were explained with a l
 
 {report.table(rows, ["", "nodes", "covered", "share", "operations"], ["nodes", "covered", "share"])}
 
-{report.models_table(reports, without=["roles", "kind"])}
+{report.models_table(reports, without=["kind"])}
 
 {report.PAPER}
 
@@ -71,7 +70,7 @@ median; these models are so small that the work per operation is everything).
 
 ## Models
 
-{report.models_table(good, without=["parameters", "leaves", "roles"])}
+{report.models_table(good, without=["parameters", "leaves"])}
 
 ## Without a report
 
@@ -87,12 +86,12 @@ def _wrong(reports: Sequence[Coverage]) -> str:
     return report.table(found, report.PROBLEM) if found else "nothing."
 
 
+def _share(covered: int, nodes: int) -> list[str]:
+    return [f"{nodes:,}", f"{covered:,}", report.percent(covered, nodes)]
+
+
 def _missing(total: report.Summary) -> str:
     return f"{total.operations - total.operations_covered} missing of {total.operations}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
 
 
 def _made(reports: Sequence[Coverage], versions: Mapping[str, str]) -> str:

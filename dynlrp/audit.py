@@ -119,13 +119,7 @@ class Audit:
 
     def everything(self) -> list[Row]:
         """All rows, each behind those inside it."""
-        found: list[Row] = []
-        stack = list(self.rows)
-        while stack:
-            row = stack.pop()
-            found.append(row)
-            stack += row.inside
-        return found[::-1]
+        return _with_inside(self.rows)
 
     @cached_property
     def largest(self) -> float:
@@ -148,6 +142,14 @@ class Audit:
     def unresolved(self) -> list[Row]:
         """Operations with an unknown amount."""
         return [row for row in self.everything() if row.unresolved]
+
+    def problem(self, row: Row) -> tuple[float, str] | None:
+        """What is wrong with the balance of a row or of those inside it: its error relative to the largest amount, and
+        why it is unknown (else empty). None where it closes."""
+        rows = _with_inside([row])
+        error = max(row.error for row in rows) / (self.largest or 1.0)
+        unknown = next((row.unresolved for row in rows if row.unresolved), "")
+        return None if error <= self.tolerance and not unknown else (error, unknown)
 
     def worst(self, n: int = 10) -> list[Row]:
         """The operations that close worst, those inside others among them."""
@@ -398,6 +400,16 @@ def _parents(path: str) -> list[str]:
 
 def _cut(path: str, depth: int) -> str:
     return ".".join(path.split(".")[:depth])
+
+
+def _with_inside(rows: Sequence[Row]) -> list[Row]:
+    found: list[Row] = []
+    stack = list(rows)
+    while stack:
+        row = stack.pop()
+        found.append(row)
+        stack += row.inside
+    return found[::-1]
 
 
 def _below(path: str, module: str) -> bool:

@@ -212,6 +212,7 @@ def zoo(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Globs, as in 'paper/*'.")] = None,
 ) -> None:
     """List the models that coverage and graph know by name."""
+    from dynlrp import report
     from dynlrp.zoo import entries
 
     table = Table(box=None, pad_edge=False)
@@ -224,7 +225,7 @@ def zoo(
                 size = f"{entry.published:,}" if entry.published else ""
                 table.add_row(escape(entry.name), escape(entry.title), size)
     total = Table(box=None, pad_edge=False, show_header=False)
-    total.add_row(f"{table.row_count} models")
+    total.add_row(report.counted(table.row_count, "model"))
     _show(table, total)
 
 

@@ -23,7 +23,7 @@ from dynlrp.roles import roles
 from dynlrp.rules.operation import REGISTRY
 from dynlrp.run import Settled
 from dynlrp.target import Target
-from dynlrp.verification import Verification, verification
+from dynlrp.verification import Balances, Unbalanced, Verification, verification
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,25 @@ class Coverage:
 
     @property
     def verified(self) -> int:
-        """Covered nodes whose operation balances in the verified run."""
-        if self.verification is None or self.verification.error:
-            return 0
-        balanced = set(self.verification.balanced)
-        return sum(operation.covered for operation in self.operations if operation.name in balanced)
+        """Of the nodes that relevance reaches and that are covered, those whose own balance closes."""
+        return sum(self.verified_by_operation().values())
+
+    def verified_by_operation(self) -> dict[str, int]:
+        """Verified nodes of every operation.
+
+        The explained model may be a smaller one: where all of its nodes of an operation balance, so do those of this
+        one; else as many as do there.
+        """
+        balances = {} if self.verification is None else self.verification.balances
+        gaps = Counter[str]()
+        for gap in self.uncovered:
+            gaps[gap.operation] += gap.nodes * gap.reached
+        found = {}
+        for operation in self.operations:
+            balance = balances.get(operation.name, Balances(0, 0))
+            most = operation.reached - gaps[operation.name]
+            found[operation.name] = most if balance.closed == balance.nodes > 0 else min(most, balance.closed)
+        return found
 
     @property
     def operations_covered(self) -> int:
@@ -117,7 +131,7 @@ class Coverage:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, with what follows from it."""
         derived = {name: getattr(self, name) for name in ("status", "verified", "operations_covered")}
-        return {**asdict(self), **derived}
+        return {**asdict(self), **derived, "verified_by_operation": self.verified_by_operation()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Coverage:
@@ -126,8 +140,10 @@ class Coverage:
         own["operations"] = tuple(OperationCount(**{**o, "rules": tuple(o["rules"])}) for o in own["operations"])
         own["uncovered"] = tuple(Uncovered(**u) for u in own["uncovered"])
         if own["verification"] is not None:
-            made = own["verification"]
-            own["verification"] = Verification(**{**made, "balanced": tuple(made["balanced"])})
+            made = dict(own["verification"])
+            made["balances"] = {name: Balances(*numbers) for name, numbers in made["balances"].items()}
+            made["unbalanced"] = tuple(Unbalanced(**one) for one in made["unbalanced"])
+            own["verification"] = Verification(**made)
         return cls(**own)
 
     def __str__(self) -> str:
@@ -136,7 +152,8 @@ class Coverage:
         text = f"{self.model}: {self.covered} of {self.nodes} nodes covered"
         text += f", {self.operations_covered} of {len(self.operations)} operations"
         if self.verification is not None:
-            text += f", {self.verified} nodes verified, ledger open by {self.verification.residual:.1e}"
+            text += f", {self.verified} of the {self.reached} that relevance reaches verified"
+            text += f", ledger open by {self.verification.residual:.1e}"
         return text
 
 
@@ -236,6 +253,10 @@ def _has_weights(model: Any) -> bool:
     )
 
 
+MOVES = {"ReshapeAliasBackward0": "ViewBackward0"}
+"""One movement has two names: where tensors are fake or recorded, as in an audit, ``reshape`` makes a view."""
+
+
 def _report(settled: Settled, runs: int) -> Coverage:
     graph, steps, facts = settled.graph, settled.steps(), settled.facts()
     counts: dict[str, list[int]] = {}
@@ -245,6 +266,7 @@ def _report(settled: Settled, runs: int) -> Coverage:
     for index, (node_name, node) in enumerate(zip(graph.names, graph.nodes, strict=True)):
         if node_name == LEAF or index in ours:
             continue
+        node_name = MOVES.get(node_name, node_name)
         step = steps.get(index)
         reason, covered = covers(node_name, facts.get(index), step)
         count = counts.setdefault(node_name, [0, 0, 0])

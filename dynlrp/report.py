@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dynlrp.coverage import Coverage
+from dynlrp.coverage import Coverage, Uncovered
 from dynlrp.errors import InputError
+from dynlrp.verification import Unbalanced
 
 PAPER_TOTAL = (31_440, 31_465)
 PAPER_ROWS = {
@@ -46,6 +47,7 @@ COLUMNS: dict[str, Callable[[Coverage], str]] = {
     "leaves": lambda r: f"{r.leaves:,}",
     "covered": lambda r: f"{r.covered:,}",
     "operations": lambda r: f"{r.operations_covered}/{len(r.operations)}",
+    "reached": lambda r: f"{r.reached:,}",
     "verified": lambda r: f"{r.verified:,}" if r.verification else "",
     "residual": lambda r: f"{r.verification.residual:.0e}" if r.verification and not r.verification.error else "",
     "promises": lambda r: f"{r.promises:,}",
@@ -89,21 +91,31 @@ class Summary:
     asked: int
     """Models that were to be verified."""
     passed: int
+    reached: int
+    """Nodes of those models that relevance reaches."""
     verified: int
 
-    @property
-    def share(self) -> float:
-        """Covered nodes of all nodes."""
-        return self.covered / self.nodes if self.nodes else 0.0
-
     def __str__(self) -> str:
-        text = f"{self.models:,} models"
+        text = counted(self.models, "model")
         text += f", {self.failed} of them without a report" * bool(self.failed)
-        text += f": {self.covered:,} of {self.nodes:,} nodes covered ({100 * self.share:.2f} %)"
-        text += f", {self.operations_covered} of {self.operations} operations"
+        text += f": {self.covered:,} of {counted(self.nodes, 'node')} covered ({percent(self.covered, self.nodes)})"
+        text += f", {self.operations_covered} of {counted(self.operations, 'operation')}"
         if self.asked:
-            text += f"; {self.passed} of {self.asked} explained with a closing ledger, {self.verified:,} nodes verified"
+            text += f"; {self.passed} of {self.asked} explained with a closing ledger, "
+            text += f"{self.verified:,} of the {counted(self.reached, 'node')} that relevance reaches verified "
+            text += f"({percent(self.verified, self.reached)})"
         return text
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts, as in ``1 model``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def percent(part: int, whole: int) -> str:
+    """A share, rounded down, so that only everything is 100 %; the page's script does the same."""
+    hundredths = 10_000 * part // whole if whole else 0
+    return "100 %" if hundredths == 10_000 else f"{hundredths / 100:.2f} %"
 
 
 def summary(reports: Sequence[Coverage]) -> Summary:
@@ -122,6 +134,7 @@ def summary(reports: Sequence[Coverage]) -> Summary:
         operations_covered=len(names - gaps),
         asked=sum(report.verification is not None for report in good),
         passed=sum(report.verification is not None and report.verification.passed for report in good),
+        reached=sum(report.reached for report in good if report.verification is not None),
         verified=sum(report.verified for report in good),
     )
 
@@ -134,14 +147,17 @@ def problems(reports: Iterable[Coverage]) -> list[tuple[str, str, str, str]]:
             found.append((report.model, "no report", "", _line(report.error)))
         for gap in report.uncovered:
             known = gap.reason or (f"nearest rule: {gap.nearest}" if gap.nearest else "")
-            times = f"{gap.nodes} nodes. " if gap.nodes > 1 else ""
-            found.append((report.model, gap.path or "the model itself", gap.operation, times + known))
+            beside = "" if gap.reached else f"relevance does not reach {'them' if gap.nodes > 1 else 'it'}"
+            found.append(_place(report, gap, "; ".join(filter(None, (known, beside)))))
         check = report.verification
+        if check is not None:
+            found += [_place(report, one, str(one)) for one in check.unbalanced]
         if check is not None and not check.passed:
             why = _line(check.error) or "; ".join(
                 text
                 for text, wrong in (
                     (f"the ledger is open by {check.residual:.1e}", not check.closes),
+                    ("nodes do not balance", any(not one.unknown for one in check.unbalanced)),
                     ("relevance is not finite", not check.finite),
                     ("the output changed", not check.unchanged),
                 )
@@ -149,6 +165,11 @@ def problems(reports: Iterable[Coverage]) -> list[tuple[str, str, str, str]]:
             )
             found.append((report.model, "not verified", "", why))
     return found
+
+
+def _place(report: Coverage, one: Uncovered | Unbalanced, what: str) -> tuple[str, str, str, str]:
+    nodes = f"{one.nodes} nodes. " if one.nodes > 1 else ""
+    return report.model, one.path or "the model itself", one.operation, nodes + what
 
 
 def _line(text: str, most: int = 200) -> str:
@@ -241,7 +262,7 @@ def to_html(reports: Sequence[Coverage], versions: Mapping[str, str], title: str
         title=title,
         data={
             "models": [{**report.to_dict(), "paper": _paper(report)} for report in reports],
-            "summary": {**asdict(summary(reports)), "share": summary(reports).share},
+            "summary": asdict(summary(reports)),
             "versions": dict(versions),
             "note": PAPER if is_paper(reports) else "",
         },

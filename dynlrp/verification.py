@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dynlrp.explain import explain, settle
-from dynlrp.graph import LEAF
+from dynlrp.audit import Audit
+from dynlrp.explain import explain
 from dynlrp.inputs import as_dicts, call
 from dynlrp.target import Seed, Target, find_output, make_seed
 
 Made = TypeVar("Made")
 
 TIMED = 0.3
-"""Seconds after which a time is not taken again."""
+"""Seconds after which a time that was taken three times is not taken again."""
+
+
+class Balances(NamedTuple):
+    """Nodes of one operation that relevance passed, and those whose own balance is known and closes."""
+
+    nodes: int
+    closed: int
+
+
+@dataclass(frozen=True)
+class Unbalanced:
+    """Nodes of one operation in one module that did not let through what they got, or nobody knows."""
+
+    operation: str
+    path: str
+    nodes: int
+    error: float
+    """What is missing at the worst of them, relative to the largest amount of the explanation."""
+    unknown: str
+    """Why a balance is not known; else empty."""
+
+    def __str__(self) -> str:
+        return f"balance unknown: {self.unknown}" if self.unknown else f"its own balance is open by {self.error:.1e}"
 
 
 @dataclass(frozen=True)
 class Verification:
     """What an explanation of a model with weights gave."""
 
-    balanced: tuple[str, ...] = ()
-    """Operations all of whose nodes let through as much relevance as they got, or booked the rest."""
+    balances: Mapping[str, Balances] = field(default_factory=dict)
+    """By operation, from the audit of every node."""
+    unbalanced: tuple[Unbalanced, ...] = ()
     residual: float = 0.0
     """What the ledger misses, relative to its largest amount."""
     closes: bool = False
@@ -42,8 +66,9 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether the explanation can be relied on."""
-        return self.closes and self.finite and self.unchanged and not self.error
+        """Whether the explanation can be relied on: no balance is open, that of the whole or that of a node."""
+        balanced = self.closes and all(one.unknown for one in self.unbalanced)
+        return balanced and self.finite and self.unchanged and not self.error
 
     @property
     def ratio(self) -> float:
@@ -55,7 +80,6 @@ def verification(model: Callable[..., Any], inputs: Any, target: Target = None, 
     """Explain a model with weights, and take the times; ``options`` are those of :func:`dynlrp.explain`."""
     state = torch.get_rng_state()
     try:
-        settled, _ = settle(model, inputs, target, **options)
         forward = partial(_forward, model, inputs, target, options.get("output"))
         torch.set_rng_state(state)
         value = forward()[0].value
@@ -63,21 +87,46 @@ def verification(model: Callable[..., Any], inputs: Any, target: Target = None, 
             gradient_seconds, _ = _timed(lambda: _gradient(*forward()), state)
         except Exception:
             gradient_seconds = 0.0  # some models refuse: Reformer's own backward pass wants training mode
-        explain_seconds, explanation = _timed(lambda: explain(model, inputs, target, **options), state)
+        explain_seconds, _ = _timed(lambda: explain(model, inputs, target, **options), state)
+        torch.set_rng_state(state)
+        explanation = explain(model, inputs, target, audit=True, **options)
     except Exception as error:  # what is wrong belongs into the report
         return Verification(error=f"{type(error).__name__}: {error}")
     finally:
         torch.set_rng_state(state)
-    ledger = explanation.ledger
+    ledger, audit = explanation.ledger, explanation.audit
+    assert audit is not None
+    balances, unbalanced = _judged(audit)
     closes = ledger.closes and not ledger.unresolved and not ledger.fallbacks
     return Verification(
-        balanced=tuple(sorted(set(settled.graph.names) - {LEAF})) if closes else (),
+        balances=balances,
+        unbalanced=unbalanced,
         residual=ledger.error,
         closes=closes,
         finite=explanation.finite(),
         unchanged=torch.equal(explanation.value, value),
         gradient_seconds=gradient_seconds,
         explain_seconds=explain_seconds,
+    )
+
+
+def _judged(audit: Audit) -> tuple[dict[str, Balances], tuple[Unbalanced, ...]]:
+    """The balances of every operation, and what is wrong with those that do not close."""
+    balances: dict[str, Balances] = {}
+    wrong: dict[tuple[str, str, str], tuple[int, float]] = {}
+    for row in audit.rows:
+        if not row.rule:  # a source: relevance has left the model
+            continue
+        problem = audit.problem(row)
+        for name in row.operation.split(" + "):  # two, where a linear operation absorbed a batch norm
+            nodes, closed = balances.get(name, Balances(0, 0))
+            balances[name] = Balances(nodes + 1, closed + (problem is None))
+            if problem is not None:
+                error, unknown = problem
+                nodes, worst = wrong.get((name, row.module, unknown), (0, 0.0))
+                wrong[name, row.module, unknown] = nodes + 1, max(worst, error)
+    return balances, tuple(
+        Unbalanced(name, path, nodes, error, unknown) for (name, path, unknown), (nodes, error) in wrong.items()
     )
 
 
@@ -89,7 +138,7 @@ def _timed(run: Callable[[], Made], state: Tensor) -> tuple[float, Made]:
         start = time.perf_counter()
         made = run()
         times.append(time.perf_counter() - start)
-        if sum(times) > TIMED or len(times) == 3:
+        if len(times) >= 3 and (sum(times) > TIMED or len(times) == 10):
             return min(times), made
 
 

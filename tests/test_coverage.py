@@ -6,6 +6,7 @@ import json
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,14 +15,11 @@ import transformers
 from torch import Tensor, nn
 
 from dynlrp import Coverage, InputError, coverage
-from dynlrp.coverage import capture
+from dynlrp.coverage import MOVES, capture
 from dynlrp.explain import settle
 from dynlrp.rules import linear_operation
-from dynlrp.verification import verification
+from dynlrp.verification import Balances, Verification, verification
 from tests.conftest import Apply, Opaque, sample
-
-MOVES = {"ReshapeAliasBackward0": "ViewBackward0"}
-"""The names that one movement has with numbers and without."""
 
 
 class Cube(torch.autograd.Function):
@@ -35,6 +33,19 @@ class Cube(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return 3 * g * ctx.saved_tensors[0] ** 2
+
+
+class Doubled(torch.autograd.Function):
+    """Twice x, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: float) -> Tensor:
+        ctx.gradient = gradient
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient * g, None
 
 
 def mlp() -> nn.Sequential:
@@ -232,8 +243,10 @@ def test_an_explanation_verifies() -> None:
     check = report.verification
     assert check is not None
     assert check.passed
-    assert check.balanced == ("AddmmBackward0", "CloneBackward0", "ReluBackward0", "TBackward0")
-    assert (report.verified, report.status) == (5, "verified")
+    assert check.balances == {"AddmmBackward0": (2, 2), "ReluBackward0": (1, 1)}
+    assert (report.reached, report.verified, report.status) == (3, 3, "verified")
+    assert report.verified_by_operation() == {"AddmmBackward0": 2, "TBackward0": 0, "ReluBackward0": 1}
+    assert "3 of the 3 that relevance reaches verified" in str(report)
     assert check.residual < 1e-6
     assert check.ratio == check.explain_seconds / check.gradient_seconds > 0
 
@@ -248,6 +261,73 @@ def test_a_rule_that_does_not_conserve_is_not_verified() -> None:
     assert (report.nodes, report.covered, report.verified, report.status) == (1, 1, 0, "not verified")
     assert check.residual == pytest.approx(2 / 3, rel=1e-5)
     assert not check.error
+
+
+@pytest.mark.usefixtures("registry")
+def test_every_node_is_verified_by_its_own_balance() -> None:
+    """The first wrong gradient passes 3/2 of what came in and the second 2/3: the whole adds up, two nodes do not."""
+    linear_operation("DoubledBackward")
+    wrong = [nn.Sequential(Apply(lambda x, g=g: Doubled.apply(x, g))) for g in (4 / 3, 3.0)]
+    model = nn.Sequential(nn.Linear(4, 4), *wrong, nn.ReLU(), nn.Linear(4, 2, bias=False)).eval()
+    model[0].bias.data.zero_()
+    report = coverage(model, torch.rand(2, 4), verify=True)
+    check = report.verification
+    assert check is not None
+    assert check.closes
+    assert not check.passed
+    assert report.status == "not verified"
+    assert check.balances == {
+        "AddmmBackward0": (1, 1),
+        "DoubledBackward": (2, 0),
+        "ReluBackward0": (1, 1),
+        "MmBackward0": (1, 1),
+    }
+    assert [(u.operation, u.path, u.nodes, u.unknown) for u in check.unbalanced] == [
+        ("DoubledBackward", "1.0", 1, ""),
+        ("DoubledBackward", "2.0", 1, ""),
+    ]
+    assert (report.covered, report.reached, report.verified) == (7, 5, 3)
+
+
+def test_a_reshape_is_the_same_with_numbers_and_without() -> None:
+    """Autograd has another name for it in a plain run than in one that is recorded."""
+
+    def model(x: Tensor) -> Tensor:
+        x.sum().item()  # needs numbers
+        return (x * 2).reshape(8)[None]
+
+    report = coverage(Apply(model), torch.rand(2, 4), verify=True)
+    assert not report.fake
+    assert report.verified == report.reached == report.nodes == 3
+
+
+def test_one_wrong_operation_leaves_the_others_verified() -> None:
+    """Only a part of the nodes of an operation balances: so many count, and no more."""
+    check = Verification({"AddmmBackward0": Balances(2, 1), "ReluBackward0": Balances(1, 1)}, (), 0.1)
+    report = replace(coverage(mlp(), torch.randn(2, 4)), verification=check)
+    assert report.verified_by_operation() == {"AddmmBackward0": 1, "TBackward0": 0, "ReluBackward0": 1}
+    larger = replace(report, operations=tuple(replace(o, nodes=9, reached=9) for o in report.operations))
+    assert larger.verified_by_operation() == {"AddmmBackward0": 1, "TBackward0": 0, "ReluBackward0": 9}
+
+
+def test_a_balance_that_nobody_knows_is_not_verified() -> None:
+    """Circular padding writes into its output three times, and nobody sees what it holds in between."""
+    model = Apply(lambda x: nn.functional.pad(x * 2, (1, 1), mode="circular") * 3.0)
+    report = coverage(model, torch.rand(2, 3, 4) + 1, verify=True)
+    check = report.verification
+    assert check is not None
+    assert check.passed
+    unknown = {u.operation: u.nodes for u in check.unbalanced if "cannot be recomputed" in u.unknown}
+    assert set(unknown) == {"torch::autograd::CopySlices", "SliceBackward0"}
+    assert report.verified == report.reached - sum(unknown.values()) > 0
+
+
+def test_times_are_the_shortest_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dynlrp import verification as module
+
+    clock = iter([0.0, 9.0, 10.0, 14.0, 20.0, 25.0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    assert module._timed(lambda: "made", torch.get_rng_state()) == (4.0, "made")
 
 
 def test_what_fails_in_the_explanation_is_told() -> None:

@@ -17,22 +17,23 @@ from dynlrp import Coverage, InputError, report
 from dynlrp.cli import app
 from dynlrp.coverage import OperationCount, Uncovered
 from dynlrp.survey import Task
-from dynlrp.verification import Verification
+from dynlrp.verification import Balances, Unbalanced, Verification
 from tests.browser import browse, needs_browser
 
 EVIL = "</script><script>document.title = 'broken'</script><img src=x onerror=\"document.title='broken'\">|`&"
 VERSIONS = {"dynlrp": "1", "torch": "2"}
 
 
-def passed(*names: str, residual: float = 1e-8) -> Verification:
-    return Verification(names, residual, True, True, True, 0.01, 0.02)
+def passed(**balances: tuple[int, int]) -> Verification:
+    return Verification({n: Balances(*b) for n, b in balances.items()}, (), 1e-8, True, True, True, 0.01, 0.02)
 
 
 MUL, ADD = ("MulBackward0", "product", ("Share",)), ("AddBackward0", "addition", ("VJP",))
 GOOD = Coverage(
     "family/good", modality="text", composite="auto", parameters=1234, nodes=10, leaves=3, reached=9, covered=10,
     operations=(OperationCount(*MUL, 4, 3, 4), OperationCount(*ADD, 6, 6, 6)), roles={"gate": 2, "self gate": 1},
-    promises=5, replayed=2, delta=1, rho=0.25, seconds=0.5, verification=passed("MulBackward0", "AddBackward0"),
+    promises=5, replayed=2, delta=1, rho=0.25, seconds=0.5,
+    verification=passed(MulBackward0=(3, 3), AddBackward0=(6, 6)),
 )  # fmt: skip
 GAPS = Coverage(
     "family/gaps", title="With | gaps", modality="vision", nodes=10, leaves=1, reached=10, covered=7,
@@ -42,8 +43,12 @@ GAPS = Coverage(
     verification=Verification(error="UnknownOperationError: no rule"),
 )  # fmt: skip
 OPEN = Coverage(
-    "family/open", nodes=5, covered=5, operations=(OperationCount(*ADD, 5, 5, 5),),
-    verification=Verification((), 0.25, False, True, False, 0.0, 0.1),
+    "family/open", nodes=5, covered=5, reached=5, operations=(OperationCount(*ADD, 5, 5, 5),),
+    verification=Verification(
+        {"AddBackward0": Balances(5, 2)},
+        (Unbalanced("AddBackward0", "layer", 2, 0.125, ""), Unbalanced("AddBackward0", "", 1, 0.0, "it is lost")),
+        0.25, False, True, False, 0.0, 0.1,
+    ),
 )  # fmt: skip
 FAILED = Coverage("family/failed", error="ZooError: no inputs fit:\n    " + EVIL)
 ALL = [GOOD, GAPS, OPEN, FAILED]
@@ -53,13 +58,31 @@ def test_totals() -> None:
     total = report.summary(ALL)
     assert (total.models, total.failed, total.nodes, total.covered) == (4, 1, 25, 22)
     assert (total.operations, total.operations_covered) == (3, 2)
-    assert (total.asked, total.passed, total.verified) == (3, 1, 10)
-    assert total.share == 22 / 25
+    assert (total.asked, total.passed, total.verified) == (3, 1, 11)
+    assert total.reached == 24
     assert str(total) == (
         "4 models, 1 of them without a report: 22 of 25 nodes covered (88.00 %), 2 of 3 operations; 1 of 3 explained "
-        "with a closing ledger, 10 nodes verified"
+        "with a closing ledger, 11 of the 24 nodes that relevance reaches verified (45.83 %)"
     )
-    assert report.summary([]).share == 0
+    assert str(report.summary([GOOD])) == (
+        "1 model: 10 of 10 nodes covered (100 %), 2 of 2 operations; 1 of 1 explained with a closing ledger, "
+        "9 of the 9 nodes that relevance reaches verified (100 %)"
+    )
+    assert str(report.summary([])) == "0 models: 0 of 0 nodes covered (0.00 %), 0 of 0 operations"
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "text"),
+    [
+        (99_999, 100_000, "99.99 %"),
+        (31_440, 31_465, "99.92 %"),
+        (57, 100, "57.00 %"),
+        (3, 3, "100 %"),
+        (0, 0, "0.00 %"),
+    ],
+)
+def test_only_everything_is_all(part: int, whole: int, text: str) -> None:
+    assert report.percent(part, whole) == text
 
 
 def test_nothing_that_is_wrong_is_hidden() -> None:
@@ -68,14 +91,18 @@ def test_nothing_that_is_wrong_is_hidden() -> None:
         ("family/gaps", "layer.0", "OpaqueBackward"),
         ("family/gaps", "the model itself", "OpaqueBackward"),
         ("family/gaps", "not verified", ""),
+        ("family/open", "layer", "AddBackward0"),
+        ("family/open", "the model itself", "AddBackward0"),
         ("family/open", "not verified", ""),
         ("family/failed", "no report", ""),
     ]
-    assert [what for *_, what in found][:4] == [
+    assert [what for *_, what in found][:6] == [
         "2 nodes. nearest rule: OpakeBackward",
-        "a loss",
+        "a loss; relevance does not reach it",
         "UnknownOperationError: no rule",
-        "the ledger is open by 2.5e-01; the output changed",
+        "2 nodes. its own balance is open by 1.2e-01",
+        "balance unknown: it is lost",
+        "the ledger is open by 2.5e-01; nodes do not balance; the output changed",
     ]
     assert report.problems([GOOD]) == []
 
@@ -87,8 +114,8 @@ def test_markdown() -> None:
     cells = dict(zip(report.COLUMNS, (cell.strip() for cell in rows[2]), strict=True))
     assert cells == {
         "model": "family/good", "kind": "text", "parameters": "1,234", "nodes": "10", "leaves": "3", "covered": "10",
-        "operations": "2/2", "verified": "10", "residual": "1e-08", "promises": "5", "delta": "1", "rho": "0.250",
-        "roles": "gate 2, self gate 1", "time": "2.0x", "status": "verified",
+        "operations": "2/2", "reached": "9", "verified": "9", "residual": "1e-08", "promises": "5", "delta": "1",
+        "rho": "0.250", "roles": "gate 2, self gate 1", "time": "2.0x", "status": "verified",
     }  # fmt: skip
     assert "With \\| gaps" in text
     assert "<" not in text
@@ -221,7 +248,7 @@ def run(*arguments: str) -> Any:
 def test_the_command(tmp_path: Path) -> None:
     good = run("family/good")
     assert (good.exit_code, good.stdout.splitlines()[0].split()[:3]) == (0, ["model", "kind", "parameters"])
-    assert "1 models: 10 of 10 nodes covered (100.00 %)" in good.stdout
+    assert "1 model: 10 of 10 nodes covered (100 %)" in good.stdout
     every = run(*(one.model for one in ALL), "-o", str(tmp_path / "a.html"), "-o", str(tmp_path / "a.json"), "--json")
     assert every.exit_code == 1
     assert report.from_json(every.stdout) == report.from_json((tmp_path / "a.json").read_text("utf-8")) == ALL
