@@ -13,7 +13,7 @@ from dynlrp.zoo.nets import resnet50, vgg16
 
 
 class Case(NamedTuple):
-    """A model with inputs; ``sequence`` models are explained at their last position."""
+    """A model with inputs. Of several inputs the first that has floating point numbers is explained."""
 
     model: nn.Module
     inputs: dict[str, Tensor] | Tensor
@@ -26,6 +26,31 @@ class Case(NamedTuple):
             return result
         found: Tensor = result[self.output or "logits"]
         return found
+
+    @property
+    def name(self) -> str | None:
+        """The name of the explained input, None where there is only one and it has none."""
+        if isinstance(self.inputs, Tensor):
+            return None
+        return next(name for name, value in self.inputs.items() if value.is_floating_point())
+
+    @property
+    def x(self) -> Tensor:
+        """The explained input."""
+        return self.inputs if isinstance(self.inputs, Tensor) else self.inputs[str(self.name)]
+
+    def at(self, x: Tensor) -> Case:
+        """The same with another explained input."""
+        return self._replace(inputs=x if isinstance(self.inputs, Tensor) else {**self.inputs, str(self.name): x})
+
+    def scores(self, target: Tensor | None = None) -> Tensor:
+        """One output of each sample: ``target`` is its place among all of the sample's, by default the largest's."""
+        outputs = self.run().flatten(1)
+        return outputs.max(1)[0] if target is None else outputs.gather(1, target[:, None])[:, 0]
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same in another precision; the model is converted in place."""
+        return self._replace(model=self.model.to(dtype)).at(self.x.to(dtype))
 
 
 def _image(batch: int, size: int = 224) -> Tensor:
