@@ -2,12 +2,14 @@
 
 from dynlrp import rules
 from dynlrp._version import __version__
+from dynlrp.allocation import Allocation, Budget, allocate
 from dynlrp.bilrp import Interaction, bilrp
 from dynlrp.composite import COMPOSITES, Composite, When, epsilon_gamma_box
 from dynlrp.condition import Part
 from dynlrp.coverage import Coverage, coverage
 from dynlrp.errors import (
     BrokenPromiseError,
+    BudgetError,
     CompiledModuleError,
     DynLRPError,
     FreedGraphError,
@@ -28,7 +30,10 @@ from dynlrp.target import Contrast
 
 __all__ = [
     "COMPOSITES",
+    "Allocation",
     "BrokenPromiseError",
+    "Budget",
+    "BudgetError",
     "CompiledModuleError",
     "Composite",
     "Contrast",
@@ -50,6 +55,7 @@ __all__ = [
     "UnknownOperationError",
     "When",
     "__version__",
+    "allocate",
     "bilrp",
     "coverage",
     "epsilon_gamma_box",

@@ -72,3 +72,7 @@ class NonFiniteError(DynLRPError):
 
 class RuleError(DynLRPError):
     """A rule returned something of the wrong number, shape or type, or failed."""
+
+
+class BudgetError(DynLRPError):
+    """No allocation is within the budget."""

@@ -1,0 +1,31 @@
+"""Mixed-precision quantization: how many bits every layer gets."""
+
+import dynlrp.allocation.relevance
+import dynlrp.allocation.weights  # noqa: F401  (they enter their scores)
+from dynlrp.allocation.allocation import Allocation, Row, allocate
+from dynlrp.allocation.budget import Budget
+from dynlrp.allocation.calibration import Calibration
+from dynlrp.allocation.divergence import Divergence
+from dynlrp.allocation.layers import Layer, find_layers, left_out
+from dynlrp.allocation.quantizer import Quantizer, quantized
+from dynlrp.allocation.scores import SCORES, Score, Scores, Task, measure, score
+
+__all__ = [
+    "SCORES",
+    "Allocation",
+    "Budget",
+    "Calibration",
+    "Divergence",
+    "Layer",
+    "Quantizer",
+    "Row",
+    "Score",
+    "Scores",
+    "Task",
+    "allocate",
+    "find_layers",
+    "left_out",
+    "measure",
+    "quantized",
+    "score",
+]

@@ -1,0 +1,120 @@
+"""The layers whose weights get a number of bits: linear maps and convolutions, each weight once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from dynlrp.errors import InputError
+
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+REASONS = {
+    nn.MultiheadAttention: "its projections are read by attention itself, so no module runs that could be quantized",
+    NonDynamicallyQuantizableLinear: "attention reads its weight and never calls it",
+}
+"""Modules that hold weights of linear maps and are left out."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight and the modules that use it."""
+
+    name: str
+    """Name of the first module that holds the weight."""
+    modules: dict[str, nn.Module]
+    """All linear maps and convolutions that hold it, by name: more than one where a weight is tied."""
+    elsewhere: tuple[str, ...] = ()
+    """Other parameters it is tied to, such as an embedding, which stay as they are."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The first of the modules."""
+        return self.modules[self.name]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def weights(self) -> int:
+        """How many numbers the weight holds."""
+        return self.weight.numel()
+
+    @property
+    def output_axis(self) -> int:
+        """The axis of the weight that counts output channels: 0, but 1 in ``Conv1D`` of transformers."""
+        return int(_is_transposed(self.module))
+
+
+def find_layers(model: nn.Module, names: str | Iterable[str] = "*") -> dict[str, Layer]:
+    """The layers of a model by name, in the order of ``named_modules``.
+
+    Linear, Conv1d, Conv2d, Conv3d and transformers' ``Conv1D`` count, by subclass. A module under several names
+    counts once, by its first; so does a weight that several modules share.
+
+    Args:
+        names: names or globs of modules; an entry that finds none is an error.
+    """
+    patterns = (names,) if isinstance(names, str) else tuple(names)
+    left = left_out(model)
+    every = {name: module for name, module in model.named_modules() if _holds_weight(module) and name not in left}
+    found = {name for name in every if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in every):
+            why = f": {left[pattern]}" if pattern in left else f"; there are {list(every)[:8]} ..."
+            raise InputError(f"no linear map or convolution is called {pattern!r}{why}")
+    holders: dict[int, dict[str, nn.Module]] = {}
+    for name, module in every.items():
+        holders.setdefault(id(module.weight), {})[name] = module
+    parameters: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameters.setdefault(id(parameter), []).append(name)
+    layers: dict[str, Layer] = {}
+    for weight, modules in holders.items():
+        if found.intersection(modules):
+            own = {id(module) for module in modules.values()}
+            elsewhere = tuple(
+                name for name in parameters[weight] if id(model.get_submodule(name.rpartition(".")[0])) not in own
+            )
+            first = next(iter(modules))
+            layers[first] = Layer(first, modules, elsewhere)
+    return layers
+
+
+def left_out(model: nn.Module) -> dict[str, str]:
+    """Modules with weights that look as if they could be quantized and cannot be, with the reason, by name."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        reason = next((reason for kind, reason in REASONS.items() if isinstance(module, kind)), "")
+        if not reason and _is_kind(module) and not _holds_weight(module):
+            reason = "its weight is computed from other parameters, or is not made yet"
+        if reason:
+            found[name] = reason
+    return found
+
+
+def _is_kind(module: nn.Module) -> bool:
+    return isinstance(module, KINDS) or _is_transposed(module)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether this is transformers' ``Conv1D``, a linear map whose weight is (inputs, outputs)."""
+    return any(
+        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).mro()
+    )
+
+
+def _holds_weight(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return _is_kind(module) and weight is not None and weight.is_floating_point() and not _is_lazy(weight)
+
+
+def _is_lazy(weight: nn.Parameter) -> bool:
+    return isinstance(weight, nn.parameter.UninitializedParameter)

@@ -1,0 +1,177 @@
+"""How much the model suffers from fewer bits in a layer: what a score is, and the registry of all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dynlrp.allocation.calibration import Calibration
+from dynlrp.allocation.divergence import Divergence
+from dynlrp.allocation.layers import Layer
+from dynlrp.allocation.quantizer import Quantizer
+from dynlrp.capture import same_state, survey
+from dynlrp.errors import InputError
+from dynlrp.inputs import call
+from dynlrp.target import find_output
+
+DEFAULT = "relevance"
+"""The score that is taken where none is named."""
+
+Noise = Literal["relative", "absolute", "none"]
+"""What a layer's sensitivity is multiplied with to give the cost of b bits: ``relative``, ``||Q_b(W) - W||^2 /
+||W||^2``; ``absolute``, ``||Q_b(W) - W||^2``; ``none``, where the score is a cost of b bits itself."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a score is asked about."""
+
+    model: nn.Module
+    layers: dict[str, Layer]
+    calibration: Calibration
+    candidates: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+    quantizer: Quantizer = field(default_factory=Quantizer)
+    target: Any = None
+    """What of the output is explained, for scores by relevance: as in :func:`dynlrp.explain`."""
+    composite: Any = "auto"
+    """By which rules."""
+    divergence: Divergence = field(default_factory=Divergence)
+    """What it means for the output to change, for scores that ask that."""
+    output: str | int | None = None
+    """Which entry of a structured output, as in :func:`dynlrp.explain`."""
+    seed: int = 0
+    """Of random draws."""
+
+    def batches(self) -> Iterator[Any]:
+        """The inputs of the model."""
+        return self.calibration.batches(self.model)
+
+    def run(self, batch: Any) -> Tensor:
+        """The output of the model."""
+        _, buffers = survey(self.model, allow_training=False)
+        with same_state(buffers, allow_training=False):
+            given = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+            return find_output(call(self.model, given), self.output)  # which may change what it is given
+
+
+Function = Callable[[Task], Iterator[Tensor]]
+"""Goes through the calibration and gives, for each batch, a sensitivity ``(samples, layers)`` or costs ``(samples,
+layers, candidates)``; one row for all where samples play no part. Larger means more bits."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """An entry of the registry."""
+
+    name: str
+    function: Function
+    noise: Noise
+    normalise: bool
+    """Whether the numbers of each sample are divided by their sum, so that samples count alike."""
+
+
+SCORES: dict[str, Score] = {}
+"""All scores by name."""
+
+
+def score(name: str, *, noise: Noise, normalise: bool = True) -> Callable[[Function], Function]:
+    """Enter a function into the registry."""
+
+    def enter(function: Function) -> Function:
+        SCORES[name] = Score(name, function, noise, normalise)
+        return function
+
+    return enter
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a score says of every layer, averaged over samples."""
+
+    name: str
+    layers: tuple[str, ...]
+    candidates: tuple[int, ...]
+    mean: Tensor
+    """A sensitivity ``(layers,)`` or costs ``(layers, candidates)``, float64."""
+    error: Tensor
+    """The standard error of the mean, of the same shape; 0 where samples play no part."""
+    count: int
+    """How many samples the mean is over; 1 where they play no part."""
+    noise: Noise
+    """What turns a sensitivity into costs."""
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Bounds of the mean over all samples of this kind, by the normal approximation."""
+        reach = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
+        return self.mean - reach * self.error, self.mean + reach * self.error
+
+
+class _Moments:
+    """Mean and standard error over samples as they come (Chan et al. 1983)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Take in ``(samples, ...)``."""
+        count, mean = len(rows), rows.mean(0)
+        total = self.count + count
+        away = mean - self.mean
+        self.squares = self.squares + (rows - mean).square().sum(0) + away.square() * self.count * count / total
+        self.mean = self.mean + away * count / total
+        self.count = total
+
+    def error(self) -> Tensor:
+        """The standard error of the mean; 0 for one sample, which tells nothing of it."""
+        return (self.squares / max(self.count - 1, 1) / self.count).sqrt()
+
+
+def find_score(name: str) -> Score:
+    """The entry of this name."""
+    if name not in SCORES:
+        raise InputError(f"no score is called {name!r}; there are {', '.join(sorted(SCORES))}")
+    return SCORES[name]
+
+
+def measure(task: Task, name: str = DEFAULT, progress: Callable[[int], object] = lambda samples: None) -> Scores:
+    """Ask a score about the layers of a model, which stays as it is.
+
+    Args:
+        progress: called with the number of samples that each batch held.
+    """
+    entry = find_score(name)
+    _, buffers = survey(task.model, allow_training=False)
+    moments = _Moments()
+    with torch.inference_mode(False), same_state(buffers, allow_training=True):  # a loader may shuffle
+        for row in entry.function(task):
+            found = row.detach().to("cpu", torch.float64)
+            _check(entry.name, found, task)
+            moments.add(_normalised(found) if entry.normalise else found)
+            progress(len(row))
+    if not moments.count:
+        raise InputError("the calibration holds no batch")
+    return Scores(
+        entry.name, tuple(task.layers), task.candidates, moments.mean, moments.error(), moments.count, entry.noise
+    )
+
+
+def _normalised(rows: Tensor) -> Tensor:
+    """Divided by the sum of each sample; a sample that says nothing of any layer says the same of all."""
+    total = rows.abs().flatten(1).sum(1)
+    silent = total == 0
+    rows, total = rows + silent.reshape(-1, *[1] * (rows.ndim - 1)), total + silent * rows[0].numel()
+    return rows / total.reshape(-1, *[1] * (rows.ndim - 1))
+
+
+def _check(name: str, rows: Tensor, task: Task) -> None:
+    finite = torch.isfinite(rows).flatten(2).all(2) if rows.ndim > 2 else torch.isfinite(rows)
+    if not bool(finite.all()):
+        layer = list(task.layers)[int((~finite).nonzero()[0, 1])]
+        raise InputError(f"score {name!r} is NaN or infinite for layer {layer!r}: is the calibration finite?")
