@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,8 +59,8 @@ class LinearMap(Protocol):
     def factor(self, step: Step) -> float:
         """What the weight is multiplied by (``alpha``)."""
 
-    def forward(self, step: Step, x: Tensor, w: Tensor) -> Tensor:
-        """The output without bias."""
+    def forward(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """The output, with the bias ``b`` as it acts."""
 
     def backward(self, step: Step, g: Tensor, w: Tensor) -> Tensor:
         """The VJP with respect to the input."""
@@ -67,17 +68,14 @@ class LinearMap(Protocol):
     def weight_backward(self, step: Step, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
         """The VJP with respect to the weight times ``alpha``."""
 
+    def bias_factor(self, step: Step) -> float:
+        """What the bias is multiplied by (``beta``)."""
+
     def bias_backward(self, step: Step, g: Tensor) -> Tensor:
         """The VJP with respect to the bias, up to broadcasting."""
 
     def bias_sum(self, step: Step, r: Tensor) -> Tensor:
-        """Relevance of the bias from its shares in the output's shape, up to broadcasting."""
-
-    def bias_value(self, step: Step, b: Tensor) -> Tensor:
-        """What the bias adds, in a shape that broadcasts against the output."""
-
-    def column(self, step: Step, v: Tensor) -> Tensor:
-        """One number per output channel, in a shape that broadcasts against the output."""
+        """The sum over all that one entry of the bias is added to, up to broadcasting."""
 
     def scaled(self, step: Step, w: Tensor, scale: Tensor) -> Tensor:
         """The weight with every output channel times ``scale``."""
@@ -101,10 +99,12 @@ class Group(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Terms with the multiplier of their sum: relevance over the stabilised denominator."""
+    """Terms with the multiplier of their sum, relevance over the stabilised denominator, which is also given summed to
+    the bias (:meth:`LinearMap.bias_sum`)."""
 
     terms: tuple[Term, ...]
     multiplier: Tensor
+    total: Tensor
 
 
 @dataclass(frozen=True)
@@ -129,19 +129,27 @@ class TermRule(Rule):
     def whole_output(self) -> bool:
         return self.relative
 
+    positive: ClassVar[bool] = False
+    """No term is negative, so that the stabiliser is one more bias."""
+
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
         """The groups of terms for input, weight, bias and the relevance of the output."""
         raise NotImplementedError
 
     def shares(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, g: Tensor) -> tuple[list[Share], Tensor]:
         """All terms with their multipliers, and what the stabiliser absorbs."""
+        if self.positive and self.epsilon and not self.relative:
+            ((terms, relevance, _),) = self.groups(step, x, w, b, g)
+            size = sum_terms(step, terms, self.epsilon).clamp_min_(self.epsilon)  # where rounding left less
+            whole = _share(step, terms, (relevance / size).to(w.dtype))
+            return [whole], whole.total.sum() * self.epsilon
         found = []
         passed = torch.zeros((), dtype=torch.float32, device=g.device)
         for terms, relevance, z in self.groups(step, x, w, b, g):
             z = sum_terms(step, terms) if z is None else z
             s = divide(relevance, z.conj(), self.epsilon, self.relative).to(w.dtype)  # under autocast z may be wider
             passed = passed + dot(s, z)
-            found.append(Share(terms, s))
+            found.append(_share(step, terms, s))
         return found, g.sum() - passed
 
     def needs(self, step: StepShape) -> Sequence[Need]:
@@ -161,7 +169,7 @@ class TermRule(Rule):
         w, b = self._parameters(step)
         shares, absorbed = self.shares(step, x, w, b, g)
         step.book("absorbed", absorbed)
-        for terms, s in shares:
+        for terms, s, total in shares:
             for term in terms:
                 if step.wants[math.input(step)]:
                     share = math.backward(step, s, term.weight)
@@ -174,44 +182,39 @@ class TermRule(Rule):
                     part = term.weight if self.emits == "relevance" else _ratio(term.weight, math.weight_value(step))
                     _add(results, math.weight(step), part * math.weight_backward(step, s, term.x, term.weight))
                 if term.bias is not None and b is not None:
-                    if step.merged is not None:
-                        self._pass_merged_bias(step, results, term.bias, b, s)
-                    elif math.bias is not None and step.wants[math.bias]:
-                        if self.emits == "relevance":
-                            _add(results, math.bias, math.bias_sum(step, term.bias * s))
-                        else:
-                            _add(results, math.bias, math.bias_backward(step, _ratio(term.bias, b) * s))
+                    self._pass_bias(step, results, term.bias, b, total)
         return results
 
-    def _pass_merged_bias(self, step: Step, results: list[Tensor | None], part: Tensor, b: Tensor, s: Tensor) -> None:
-        """The share of a merged bias ``b0 * scale + shift``: b0 gets its own, the shift's is booked."""
-        math = step.operation.math
-        if math.bias is None or not step.wants[math.bias]:
-            step.book("parameters", (part * s.sum_to_size(part.shape)).sum())
+    def _pass_bias(self, step: Step, results: list[Tensor | None], part: Tensor, b: Tensor, total: Tensor) -> None:
+        """The share of a bias. Of a merged one, ``b0 * scale + shift``, b0 gets its own and the shift's is booked."""
+        math: LinearMap = step.operation.math
+        wanted = math.bias is not None and step.wants[math.bias]
+        if not wanted and step.merged is not None:
+            step.book("parameters", (part * total).sum())
+        if math.bias is None or not wanted:
             return
-        assert step.merged is not None
-        scale, shift = step.merged.operation.math.affine(step.merged)
-        m = _ratio(part, b) * s
-        shift = math.column(step, shift)
-        step.book("parameters", (shift * m.sum_to_size(shift.shape)).sum())
-        m = m * math.column(step, scale)
+        m = _ratio(part, b) * total
+        if step.merged is not None:
+            scale, shift = step.merged.operation.math.affine(step.merged)
+            step.book("parameters", (shift * m).sum())
+            m = m * scale
+        factor = math.bias_factor(step)
         if self.emits == "relevance":
-            _add(results, math.bias, math.bias_sum(step, math.bias_value(step, step.operand(math.bias)) * m))
-        else:
-            _add(results, math.bias, math.bias_backward(step, m))
+            m = m * step.operand(math.bias)
+        _add(results, math.bias, m if factor == 1 else m * factor.conjugate())
 
     def _parameters(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as they act, with a following batch norm merged in."""
         math = step.operation.math
         w, b = _weight(step), None
         if self.bias and math.bias is not None and step.present[math.bias]:
-            b = math.bias_value(step, step.operand(math.bias))
+            b, factor = step.operand(math.bias), math.bias_factor(step)
+            b = b if factor == 1 else b * factor
         if step.merged is not None:
             scale, shift = step.merged.operation.math.affine(step.merged)
             w = math.scaled(step, w, scale).to(w.dtype)
             if self.bias:
-                shift = math.column(step, shift)
-                b = shift if b is None else b * math.column(step, scale) + shift
+                b = shift if b is None else b * scale + shift
         return w, b
 
 
@@ -221,15 +224,21 @@ def _weight(step: Step) -> Tensor:
     return w if factor == 1 else w * factor
 
 
-def sum_terms(step: Step, terms: Sequence[Term]) -> Tensor:
-    """The denominator: all terms with their biases."""
+def sum_terms(step: Step, terms: Sequence[Term], epsilon: float = 0.0) -> Tensor:
+    """The denominator: all terms with their biases, and maybe a stabiliser."""
     z: Tensor | None = None
-    for term in terms:
-        part = step.operation.math.forward(step, term.x, term.weight)
-        part = part if term.bias is None else part.add_(term.bias)
+    for x, _, w, bias in terms:
+        if epsilon and z is None:
+            bias = torch.full((), epsilon, dtype=w.dtype, device=w.device) if bias is None else bias + epsilon
+        part = step.operation.math.forward(step, x, w, bias)
         z = part if z is None else z.add_(part)
     assert z is not None
     return z
+
+
+def _share(step: Step, terms: tuple[Term, ...], multiplier: Tensor) -> Share:
+    """Terms with the multiplier of their sum."""
+    return Share(terms, multiplier, step.operation.math.bias_sum(step, multiplier))
 
 
 def _add(results: list[Tensor | None], position: int, value: Tensor) -> None:
@@ -334,42 +343,49 @@ class Gamma(TermRule):
         return [*super().needs(step), *([OUTPUT] if self.signed else [])]
 
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
-        return [Group(self._raised(x, w, b), r)]
+        def raised(v: Tensor) -> Tensor:
+            return torch.add(v, v.clamp(min=0), alpha=self.gamma)
+
+        return [Group((Term(x, None, each(w, raised), None if b is None else raised(b)),), r)]
 
     def shares(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, g: Tensor) -> tuple[list[Share], Tensor]:
         if not self.signed:
             return super().shares(step, x, w, b, g)
         z = step.output()
-        r = g * z
-        if step.nonnegative and step.gated and self.bias:  # all that matters is positive
-            terms = self._raised(x, w, b)
-            q, absorbed = self._over(r, sum_terms(step, terms).abs_(), w.dtype)
-            return [Share(terms, q)], absorbed
+        if self.relative or not (self.epsilon and self.gamma and self.bias):
+            return self._divided(step, x, w, b, g, z)
+        if step.nonnegative and step.gated:  # all that matters is positive
+            # w + gamma w^+ over 1 + gamma, in one pass: a common factor of all terms cancels.
+            slope, epsilon = 1 / (1 + self.gamma), self.epsilon / (1 + self.gamma)
+            raised = partial(torch.nn.functional.leaky_relu, negative_slope=slope)
+            term = Term(x, None, each(w, raised), None if b is None else raised(b))
+            size = sum_terms(step, (term,), epsilon).clamp_min_(epsilon)
+            share = _share(step, (term,), (g * z).div_(size).to(w.dtype))
+            return [share], share.total.sum() * epsilon
         half = self.gamma / 2
+        ratio, epsilon = 1 / half + 1, self.epsilon / half
+        positive, mask = (x, None) if step.nonnegative else (x.abs(), x.sign())
+        sizes = Term(positive, mask, each(w, torch.abs), None if b is None else b.abs())
+        size = sum_terms(step, (sizes,), epsilon).add_(z.abs(), alpha=ratio)
+        part = z / size
+        whole = _share(step, (sizes,), (g * part).to(w.dtype))
+        plain = _share(step, (Term(x, None, w, b),), (part.abs() * g).mul_(ratio).to(w.dtype))
+        return [plain, whole], whole.total.sum() * epsilon
+
+    def _divided(
+        self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, g: Tensor, z: Tensor
+    ) -> tuple[list[Share], Tensor]:
+        """The same by a quotient of any sign: without its bias, what was added up may have another sign than ``z``."""
+        half = self.gamma / 2
+        sign = z.sign()
         plain = Term(x, None, w * (1 + half), None if b is None else b * (1 + half))
         size, mask = (x, None) if step.nonnegative else (x.abs(), x.sign())
         sizes = Term(size, mask, each(w, torch.abs) * half, None if b is None else b.abs() * half)
-        sign, whole = z.sign(), sum_terms(step, (sizes,))
-        if self.bias:
-            q, absorbed = self._over(r, whole.add_(z.abs(), alpha=1 + half), w.dtype)
-            return [Share((plain,), q * sign), Share((sizes,), q)], absorbed
-        whole = whole.mul_(sign).add_(sum_terms(step, (plain,)))  # which may have another sign than z
+        whole = z * (1 + half) if self.bias else sum_terms(step, (plain,))
+        whole = whole.add_(sum_terms(step, (sizes,)).mul_(sign))
+        r = g * z
         s = divide(r, whole, self.epsilon, self.relative).to(w.dtype)
-        return [Share((plain,), s), Share((sizes,), s * sign)], r.sum() - dot(s, whole)
-
-    def _over(self, r: Tensor, size: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Stabilised quotient by what is not negative, and what the stabiliser absorbs; takes both tensors."""
-        if self.relative or not self.epsilon:
-            q = divide(r, size, self.epsilon, self.relative).to(dtype)
-            return q, r.sum() - dot(q, size)
-        q = r.div_(size.add_(self.epsilon)).to(dtype)
-        return q, q.sum() * self.epsilon
-
-    def _raised(self, x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Term, ...]:
-        def raised(v: Tensor) -> Tensor:
-            return torch.add(v, v.clamp(min=0), alpha=self.gamma)
-
-        return (Term(x, None, each(w, raised), None if b is None else raised(b)),)
+        return [_share(step, (plain,), s), _share(step, (sizes,), s * sign)], r.sum() - dot(s, whole)
 
 
 @dataclass(frozen=True)
@@ -395,6 +411,8 @@ class AlphaBeta(TermRule):
 @dataclass(frozen=True)
 class ZPlus(TermRule):
     """R_i = sum_j c_ij^+ / sum_i c_ij^+ R_j  (Montavon et al. 2017): alpha-beta with alpha 1, beta 0."""
+
+    positive = True
 
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
         bias = None if b is None else b.clamp(min=0)
@@ -444,6 +462,7 @@ class WSquare(TermRule):
     """R_i = sum_j w_ij^2 / sum_i w_ij^2 R_j  (Montavon et al. 2017); the squared bias takes part as in zennit."""
 
     emits = "relevance"
+    positive = True
 
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
         bias = None if b is None else b.square()
@@ -460,6 +479,7 @@ class Flat(TermRule):
     bias: bool = field(default=False, kw_only=True)
 
     emits = "relevance"
+    positive = True
 
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
         bias = None if b is None else torch.ones_like(b)
@@ -513,8 +533,9 @@ class MatrixProduct:
     def factor(self, step: Step) -> float:
         return 1.0 if self.bias is None else step.saved("alpha")
 
-    def forward(self, step: Step, x: Tensor, w: Tensor) -> Tensor:
-        return self.product(step, x, w) if self.input(step) == self.first else self.product(step, w, x)
+    def forward(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        z = self.product(step, x, w) if self.input(step) == self.first else self.product(step, w, x)
+        return z if b is None else z.add_(b)
 
     def backward(self, step: Step, g: Tensor, w: Tensor) -> Tensor:
         return self.left(step, g, w) if self.input(step) == self.first else self.right(step, w, g)
@@ -522,19 +543,16 @@ class MatrixProduct:
     def weight_backward(self, step: Step, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
         return self.right(step, x, g) if self.input(step) == self.first else self.left(step, g, x)
 
+    def bias_factor(self, step: Step) -> float:
+        factor: float = step.saved("beta")
+        return factor
+
     def bias_backward(self, step: Step, g: Tensor) -> Tensor:
-        beta = step.saved("beta")
-        return g if beta == 1 else g * beta.conjugate()
+        factor = self.bias_factor(step)
+        return g if factor == 1 else g * factor.conjugate()
 
     def bias_sum(self, step: Step, r: Tensor) -> Tensor:
         return r
-
-    def bias_value(self, step: Step, b: Tensor) -> Tensor:
-        beta = step.saved("beta")
-        return b if beta == 1 else b * beta
-
-    def column(self, step: Step, v: Tensor) -> Tensor:
-        return v
 
     def scaled(self, step: Step, w: Tensor, scale: Tensor) -> Tensor:
         return w * scale
@@ -557,7 +575,7 @@ class MatrixProduct:
             return z
         added = values[self.bias]
         z = z * self.factor(step)
-        return z if added is None else self.bias_value(step, added) + z
+        return z if added is None else added * self.bias_factor(step) + z
 
 
 class NestedProduct(MatrixProduct):
@@ -649,14 +667,14 @@ class Linear(MatrixProduct):
     def factor(self, step: Step) -> float:
         return 1.0
 
+    def bias_factor(self, step: Step) -> float:
+        return 1.0
+
     def bias_backward(self, step: Step, g: Tensor) -> Tensor:
-        return _rows(g).sum(0)
+        return self.bias_sum(step, g)
 
     def bias_sum(self, step: Step, r: Tensor) -> Tensor:
-        return self.bias_backward(step, r)
-
-    def bias_value(self, step: Step, b: Tensor) -> Tensor:
-        return b
+        return _rows(r).sum(0)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -700,8 +718,18 @@ class Convolution:
         m: Tensor = aten.convolution_backward(g, x, w, None, *self._settings(step, x, w), mask)[position]
         return m
 
-    def forward(self, step: Step, x: Tensor, w: Tensor) -> Tensor:
-        return self.convolve(step, x, w, None) if step.signals[0] else self.convolve(step, w, x, None)
+    def forward(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        if not step.signals[0]:
+            x, w = w, x
+        if b is not None:
+            b = b.expand(self._channels(step, x, w)).to(x.dtype)
+        return self.convolve(step, x, w, b)
+
+    def _channels(self, step: Step, x: Tensor, w: Tensor) -> int:
+        """How many channels the output has."""
+        _, _, _, transposed, _, groups = self._settings(step, x, w)
+        channels: int = w.shape[1] * groups if transposed else w.shape[0]
+        return channels
 
     def backward(self, step: Step, g: Tensor, w: Tensor) -> Tensor:
         if step.signals[0]:
@@ -714,17 +742,14 @@ class Convolution:
     def factor(self, step: Step) -> float:
         return 1.0
 
+    def bias_factor(self, step: Step) -> float:
+        return 1.0
+
     def bias_backward(self, step: Step, g: Tensor) -> Tensor:
-        return g.sum((0, *range(2, g.ndim)))
+        return self.bias_sum(step, g)
 
     def bias_sum(self, step: Step, r: Tensor) -> Tensor:
-        return self.bias_backward(step, r)
-
-    def bias_value(self, step: Step, b: Tensor) -> Tensor:
-        return self.column(step, b)
-
-    def column(self, step: Step, v: Tensor) -> Tensor:
-        return v.reshape(-1, *[1] * (step.saved("weight").ndim - 2))
+        return r.sum((0, *range(2, r.ndim)))
 
     def scaled(self, step: Step, w: Tensor, scale: Tensor) -> Tensor:
         if not self._setting(step, "transposed"):
@@ -754,11 +779,11 @@ class TimeBatchChannel(Convolution):
         m: Tensor = aten.conv_tbc_backward(g, x, w, g.new_zeros(w.shape[-1]), step.saved("pad"))[position]
         return m
 
-    def bias_backward(self, step: Step, g: Tensor) -> Tensor:
-        return g.sum((0, 1))
+    def bias_sum(self, step: Step, r: Tensor) -> Tensor:
+        return r.sum((0, 1))
 
-    def column(self, step: Step, v: Tensor) -> Tensor:
-        return v
+    def _channels(self, step: Step, x: Tensor, w: Tensor) -> int:
+        return w.shape[-1]
 
 
 def _dense(name: str, math: MatrixProduct, operands: str, **traits: Any) -> None:
