@@ -19,7 +19,7 @@ from rich.table import Table
 
 from dynlrp._version import __version__
 from dynlrp.catalogue import CLASSES, Entry, catalogue, table_version, to_csv, to_dict
-from dynlrp.errors import DynLRPError
+from dynlrp.errors import DynLRPError, described
 
 if TYPE_CHECKING:
     from dynlrp.coverage import Coverage
@@ -113,7 +113,12 @@ def _operands(entry: Entry) -> str:
     return " ".join(name + letter for name, letter in zip_longest(entry.operands, entry.letters, fillvalue=""))
 
 
-Shape = Annotated[str, typer.Option(help="Shape of the input, as in 1,3,224,224, where nothing else tells.")]
+Shape = Annotated[
+    str,
+    typer.Option(
+        help="Of the input of a model of yours, a folder's or timm's: 1,3,224,224 for an image, 1,512 for ids."
+    ),
+]
 CompositeName = Annotated[str, typer.Option(help="Which rules: the name of a composite.")]
 
 
@@ -209,23 +214,36 @@ def _print_reports(made: Sequence[Coverage]) -> None:
 
 @app.command()
 def zoo(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Globs, as in 'paper/*'.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT", help="A part of a name or class, or a glob as in 'paper/*'.")
+    ] = None,
 ) -> None:
-    """List the models that coverage and graph know by name."""
-    from dynlrp import report
-    from dynlrp.zoo import entries
+    """List the models that coverage and graph know by name.
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("name", "model"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("parameters", justify="right")
+    Leaves with 1 where there is none.
+    """
+    from dynlrp import report
+    from dynlrp.zoo import entries, near, search, without_timm
+
     with _errors():
-        for entry in entries().values():
-            if not names or any(fnmatchcase(entry.name, name) for name in names):
-                size = f"{entry.published:,}" if entry.published else ""
-                table.add_row(escape(entry.name), escape(entry.title), size)
+        found = entries() if not names else {entry.name: entry for name in names for entry in search(name)}
+        if not found:
+            like = ", ".join(dict.fromkeys(other for name in names or () for other in near(name)))
+            typer.echo(
+                f"no model is like {', '.join(names or ())}" + (f"; did you mean {like}?" if like else ""), err=True
+            )
+            raise typer.Exit(1)
+        table = Table(box=None, pad_edge=False)
+        for heading in ("name", "model", "class", "modality"):
+            table.add_column(heading, overflow="fold")
+        table.add_column("parameters", justify="right")
+        for entry in found.values():
+            size = f"{entry.published:,}" if entry.published else ""
+            table.add_row(*map(escape, (entry.name, entry.title, entry.kind, entry.modality(), size)))
     total = Table(box=None, pad_edge=False, show_header=False)
-    total.add_row(report.counted(table.row_count, "model"))
+    total.add_row(report.counted(len(found), "model"))
+    if not names and without_timm():
+        total.add_row(f"none of timm, which {escape(without_timm())}")
     _show(table, total)
 
 
@@ -246,8 +264,9 @@ def graph(
     with _errors():
         export.check_ending(out)
         (entry, *others) = find(model, _sizes(shape))
-        if others:
-            raise typer.BadParameter(f"{model!r} means {1 + len(others)} models")
+    if others:
+        raise typer.BadParameter(f"{model!r} means {1 + len(others)} models")
+    with _errors(model):
         drawn = export.graph_of(entry, composite)
         export.write(out, drawn, title=entry.title or entry.name, depth=depth)
     typer.echo(f"written: {out} ({len(drawn)} nodes, {drawn.number_of_edges()} edges)", err=True)
@@ -261,10 +280,15 @@ def _sizes(shape: str) -> tuple[int, ...] | None:
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
-    """The project's errors as text."""
+def _errors(model: str = "") -> Iterator[None]:
+    """The project's errors as text; inside a model, all of them."""
     try:
         yield
     except DynLRPError as error:
         typer.echo(f"{error}", err=True)
         raise typer.Exit(2) from error
+    except Exception as error:
+        if not model:
+            raise
+        typer.echo(f"{model}: {described(error)}", err=True)
+        raise typer.Exit(1) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 
 class DynLRPError(Exception):
@@ -31,6 +33,15 @@ class UnknownOperationError(DynLRPError):
             f"{len(self.operations)} operation(s) have no rule:\n{places}\n{register if first else 'Or pass'} "
             f"on_unknown='gradient' to treat these operations as their gradient (the ledger then lists them)."
         )
+
+
+def described(error: BaseException) -> str:
+    """What an error says; of one that is not this project's also where it was raised."""
+    text = f"{type(error).__name__}: {error}"
+    trace = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, DynLRPError) or not trace:
+        return text
+    return f"{text} ({Path(trace[-1].filename).name}:{trace[-1].lineno})"
 
 
 class BrokenPromiseError(DynLRPError):

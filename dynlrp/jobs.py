@@ -14,6 +14,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
+from dynlrp.errors import described
+
 SPAWN = multiprocessing.get_context("spawn")
 START = 300.0
 """Seconds for a process to be ready for a call: the first one waits for its imports."""
@@ -123,5 +125,5 @@ def _serve(function: Callable[[Any], Any], pipe: Connection, memory: float) -> N
         try:
             answer = function(argument), ""
         except Exception as error:
-            answer = None, f"{type(error).__name__}: {error}"
+            answer = None, described(error)
         pipe.send(answer)

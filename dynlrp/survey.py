@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +20,7 @@ from dynlrp import jobs
 from dynlrp._version import __version__
 from dynlrp.composite import composite_named
 from dynlrp.coverage import Coverage
+from dynlrp.errors import InputError
 from dynlrp.zoo import examine, find
 
 
@@ -34,7 +37,7 @@ class Task(NamedTuple):
     @property
     def key(self) -> str:
         """What the report depends on."""
-        return json.dumps([self.model, self.digest, self.composite, self.verify, versions()])
+        return json.dumps([self.model, self.digest, self.shape, self.composite, self.verify, versions()])
 
 
 def tasks(
@@ -61,10 +64,12 @@ def survey(
         processes: how many run at once.
         timeout: seconds for one model.
         memory: GiB for one process; 0 is no limit.
-        kept: a file of JSON lines to which reports are added. Those it has from the same versions are not made again.
+        kept: a file of JSON lines to which reports are added. Those it has from the same versions are not made again;
+            its other lines are left as they are.
         make: makes one report; by default that on a model of the zoo.
     """
-    old = _read(kept)
+    keys = {task.key for task in wanted if task.keeps}
+    old = {} if kept is None else _read(kept, keys)
     missing = []
     for task in wanted:
         if task.keeps and task.key in old:
@@ -75,9 +80,7 @@ def survey(
         if report is None:
             report = Coverage(task.model, error=error)
         elif kept is not None and task.keeps:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with kept.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": task.key, "report": report.to_dict()}) + "\n")
+            _append(kept, json.dumps({"key": task.key, "report": report.to_dict()}))
         yield report
 
 
@@ -106,17 +109,27 @@ def versions() -> dict[str, str]:
     return {**found, "source": source.hexdigest()[:16]}
 
 
-def _read(file: Path | None) -> dict[str, Coverage]:
-    if file is None or not file.exists():
-        return {}
+def _read(file: Path, keys: Container[str]) -> dict[str, Coverage]:
+    """The reports of a file that have one of these keys."""
+    text = file.read_text("utf-8", errors="replace") if file.exists() else ""
+    if text and not text.startswith('{"key"'):
+        raise InputError(f"{file} has something else than kept reports in it; give a new file or one that --keep made")
     found = {}
-    for line in file.read_text("utf-8").splitlines():
-        try:
+    for line in text.splitlines():
+        with suppress(ValueError, KeyError, TypeError):  # a line that was cut off, or changed
             entry = json.loads(line)
-        except json.JSONDecodeError:  # the last line of a run that was cut off
-            continue
-        found[entry["key"]] = Coverage.from_dict(entry["report"])
+            if entry["key"] in keys:
+                found[entry["key"]] = Coverage.from_dict(entry["report"])
     return found
+
+
+def _append(file: Path, line: str) -> None:
+    """Add a line, on its own even where the last one was cut off."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab+") as stream:
+        if stream.seek(0, os.SEEK_END) and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
+            stream.write(b"\n")
+        stream.write(line.encode() + b"\n")
 
 
 def order(reports: Sequence[Coverage], wanted: Sequence[Task]) -> list[Coverage]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dynlrp.audit import Audit
+from dynlrp.errors import described
 from dynlrp.explain import explain
 from dynlrp.inputs import as_dicts, call
 from dynlrp.target import Seed, Target, find_output, make_seed
@@ -91,7 +92,7 @@ def verification(model: Callable[..., Any], inputs: Any, target: Target = None, 
         torch.set_rng_state(state)
         explanation = explain(model, inputs, target, audit=True, **options)
     except Exception as error:  # what is wrong belongs into the report
-        return Verification(error=f"{type(error).__name__}: {error}")
+        return Verification(error=described(error))
     finally:
         torch.set_rng_state(state)
     ledger, audit = explanation.ledger, explanation.audit

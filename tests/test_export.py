@@ -254,3 +254,13 @@ def test_the_command(tmp_path: Path) -> None:
     assert "means 15 models" in run("paper/*", "-o", "g.svg").stderr
     with pytest.raises(InputError):
         export.write(tmp_path / "g", graph_of(net(), 2, 4), title="")
+
+
+def test_a_model_that_fails_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "failing_model.py").write_text("def build():\n    raise RuntimeError('no weights')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    result = CliRunner().invoke(app, ["graph", "failing_model:build", "-o", str(tmp_path / "g.svg")])
+    assert result.exit_code == 1
+    assert result.stderr == "failing_model:build: RuntimeError: no weights (failing_model.py:2)\n"
+    result = CliRunner().invoke(app, ["graph", "failing_model:other", "-o", str(tmp_path / "g.svg")])
+    assert (result.exit_code, result.stderr) == (2, "'failing_model:other': failing_model has no 'other'\n")

@@ -282,5 +282,21 @@ def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
 def test_the_zoo_on_the_command_line() -> None:
     result = CliRunner().invoke(app, ["zoo", "paper/*"])
     lines = result.stdout.splitlines()
-    assert lines[1].split() == ["paper/vgg16", "VGG16", "138,357,544"]
+    assert lines[0].split() == ["name", "model", "class", "modality", "parameters"]
+    assert lines[1].split() == ["paper/vgg16", "VGG16", "dynlrp.zoo.nets.vgg16", "vision", "138,357,544"]
     assert lines[-1] == "15 models"
+
+
+def test_the_zoo_is_searched() -> None:
+    def search(*texts: str) -> Any:
+        return CliRunner().invoke(app, ["zoo", *texts])
+
+    lines = search("GPT2").stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["paper/gpt2", "family/gpt2"]
+    assert ["family/roc_bert", "RoCBertModel", "text"] in [
+        line.split() for line in search("bertmodel").stdout.splitlines()
+    ]
+    assert search("DeepLabV3").exit_code == 1
+    nothing = search("bertt", "paper/rexnet*")
+    assert (nothing.exit_code, nothing.stdout) == (1, "")
+    assert nothing.stderr.startswith("no model is like bertt, paper/rexnet*; did you mean family/bert,")

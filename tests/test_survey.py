@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dynlrp import Coverage, jobs, survey
+from dynlrp import Coverage, InputError, jobs, survey
 from dynlrp.survey import Task
 from dynlrp.zoo import ZooError
 
@@ -37,7 +39,7 @@ def test_no_call_harms_another() -> None:
     found = {o.argument: o for o in jobs.run(misbehave, tasks, jobs=2, timeout=2, memory=3)}
     assert sorted(found) == sorted(tasks)
     assert [found[f"say {x}"].value.split()[0] for x in "abde"] == ["a", "b", "d", "e"]
-    assert found["raise c"].error == "ValueError: c"
+    assert re.fullmatch(r"ValueError: c \(test_survey.py:\d+\)", found["raise c"].error)
     assert found["kill"].error == "the process ended with SIGSEGV"
     assert found["exit"].error == "the process ended with exit code 7"
     assert found["sleep"].error == "more than 2 s"
@@ -91,8 +93,58 @@ def test_a_run_is_taken_up_where_it_stopped(tmp_path: Path, monkeypatch: pytest.
     text = kept.read_text().splitlines()
     kept.write_text(text[0] + "\n" + text[1][:40])
     assert run(*tasks)[1] == ["bad", "mine", "two"]
+    assert run(*tasks)[1] == ["bad", "mine"]  # a report begins a line of its own behind one that was cut off
+    assert run(tasks[0]._replace(shape=(1, 2)))[1] == ["one"]
     monkeypatch.setattr(survey, "versions", lambda: {"dynlrp": "other"})
     assert run(*tasks)[1] == ["one", "bad", "mine", "two"]
+
+
+@pytest.mark.parametrize("line", [
+    {"key": Task("one").key},
+    {"key": Task("one").key, "report": {"model": "one"}},
+    {"key": Task("one").key, "report": {**Coverage("one").to_dict(), "rho": [], "operations": [{"name": "x"}]}},
+    {"key": "another", "report": 7},
+])  # fmt: skip
+def test_reports_of_another_make_are_made_again(
+    line: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text(json.dumps(line) + "\n")
+    monkeypatch.setattr(jobs, "run", here)
+    (report,) = survey.survey([Task("one")], kept=kept, make=lambda task: Coverage(task.model, nodes=1))
+    assert report.nodes == 1
+    assert len(kept.read_text().splitlines()) == 2
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    kept = tmp_path / "page.html"
+    kept.write_text("<!DOCTYPE html>")
+    with pytest.raises(InputError, match="something else than kept reports"):
+        list(survey.survey([Task("one")], kept=kept, make=noted))
+    assert kept.read_text() == "<!DOCTYPE html>"
+
+
+CRASHES = {
+    "raises": "raise RuntimeError('on import')",
+    "leaves": "import sys; sys.exit(3)",
+    "dies": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+    "misspelt": "def build(: pass",
+    "works": "from torch import nn, zeros\ndef build(): return nn.Linear(2, 2), zeros(1, 2)",
+}
+
+
+def test_a_module_that_crashes_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in CRASHES.items():
+        (tmp_path / f"users_{name}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent.parent}")
+    wanted = survey.tasks([f"users_{name}:build" for name in CRASHES])
+    reports = dict(zip(CRASHES, survey.order(list(survey.survey(wanted)), wanted), strict=True))
+    assert reports["raises"].error == "RuntimeError: on import (users_raises.py:1)"
+    assert reports["leaves"].error == "the process ended with exit code 3"
+    assert reports["dies"].error == "the process ended with SIGSEGV"
+    assert reports["misspelt"].error.startswith("SyntaxError: ")
+    assert reports["works"].status == "covered"
 
 
 def test_tasks_are_named_once_and_unknown_ones_are_refused() -> None:

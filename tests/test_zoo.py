@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,10 @@ def test_names() -> None:
         ("zzzzzz", "no model is called 'zzzzzz': A model is"),
         ("./no/folder", "no model is called './no/folder': A model is"),
         ("model.onnx", "ONNX files cannot be read yet"),
-        ("torch.nn:Linaer", "torch.nn has no 'Linaer'; it has Linear"),
-        ("no_such_module:x", "there is no module 'no_such_module' here"),
-        ("torch.no_such:x", "there is no module 'torch.no_such' here"),
         (":x", "is not package.module:attribute"),
+        ("a b:x", "is not package.module:attribute"),
+        ("torch.nn:", "is not package.module:attribute"),
+        ("torch..nn:x", "is not package.module:attribute"),
         ("timm/resnet18", "timm, which is not installed"),
     ],
 )
@@ -103,11 +104,27 @@ def test_words_for_what_is_no_model(name: str, words: str) -> None:
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("torch.nn:Linaer", "torch.nn has no 'Linaer'; it has Linear"),
+        ("no_such_module:x", "there is no module 'no_such_module' here"),
+        ("torch.no_such:x", "there is no module 'torch.no_such' here"),
+    ],
+)
+def test_words_for_what_cannot_be_imported(name: str, words: str) -> None:
+    """Nothing is imported before the model is built."""
+    (entry,) = find(name)
+    with pytest.raises(ZooError) as error:
+        entry.build()
+    assert words in str(error.value)
+
+
 def test_a_missing_dependency_of_the_users_module_is_not_hidden(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "needy_model.py").write_text("import no_such_thing\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_thing"):
-        find("needy_model:build")
+        find("needy_model:build")[0].build()
 
 
 MODULE = """
@@ -143,7 +160,7 @@ def test_import_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert report.status == "verified"
         assert not entry.keeps
     assert examine(find("users_model:bert")[0]).modality == "text"
-    with pytest.raises(ZooError, match=r"give --shape 1,3,224,224"):
+    with pytest.raises(ZooError, match=r"as in --shape 1,3,224,224 for an image"):
         find("users_model:Net")[0].build()
     with pytest.raises(ZooError, match="gives int, not an"):
         find("users_model:number")[0].build()
@@ -167,6 +184,62 @@ def test_a_folder_with_a_configuration(tmp_path: Path) -> None:
     assert find(str(tmp_path))[0].digest != digest
 
 
+def test_a_shape_is_that_of_the_main_input(tmp_path: Path) -> None:
+    transformers.BertConfig(num_hidden_layers=1).save_pretrained(tmp_path / "text")
+    transformers.ViTConfig(num_hidden_layers=1, image_size=224).save_pretrained(tmp_path / "image")
+    (text,), (image,) = (
+        find(str(tmp_path / kind), shape) for kind, shape in (("text", (3, 7)), ("image", (1, 3, 224, 224)))
+    )
+    assert text.build().inputs["input_ids"].shape == (3, 7)
+    assert image.build().inputs["pixel_values"].shape == (1, 3, 224, 224)
+    (wrong,) = find(str(tmp_path / "image"), (1, 3, 96, 96))
+    with pytest.raises(ZooError, match=r"\(96\*96\) doesn't match"):
+        wrong.build()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "family/bert", "paper/gpt*"])
+def test_a_shape_for_a_model_that_has_inputs_is_refused(name: str) -> None:
+    with pytest.raises(ZooError, match="comes with its inputs"):
+        find(name, (1, 7))
+
+
+def test_a_configuration_of_a_class_that_is_not_there(tmp_path: Path) -> None:
+    transformers.BertConfig(architectures=["BertForEverything"]).save_pretrained(tmp_path)
+    with pytest.raises(ZooError, match="no class 'BertForEverything'"):
+        find(str(tmp_path))[0].build()
+
+
+def test_the_graph_is_reported_where_no_small_model_can_be_made() -> None:
+    """The shrinker knows no such model: what is known of the large one stays."""
+
+    def unmade() -> Any:
+        raise ValueError("nothing fits")
+
+    report = examine(replace(find("family/bert")[0], small=unmade), verify=True)
+    assert report.nodes == report.covered > 0
+    assert report.status == "not verified"
+    assert report.verification is not None
+    assert report.verification.error.startswith("no small model to explain: ValueError: nothing fits (test_zoo.py:")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "modality"),
+    [
+        ("family/bert", "BertModel", "text"),
+        ("family/vit", "ViTModel", "vision"),
+        ("family/wav2vec2", "Wav2Vec2Model", "audio"),
+        ("family/clip", "CLIPModel", "multimodal"),
+        ("family/patchtst", "PatchTSTModel", "time series"),
+        ("family/decision_transformer", "DecisionTransformerModel", "actions"),
+        ("paper/whisper-small", "WhisperForConditionalGeneration", "audio"),
+        ("paper/vgg16", "dynlrp.zoo.nets.vgg16", "vision"),
+    ],
+)
+def test_what_is_known_of_a_model_that_is_not_built(name: str, kind: str, modality: str) -> None:
+    entry = zoo.entries()[name]
+    assert (entry.kind, entry.modality()) == (kind, modality)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [(None, "has no config.json"), ("{}", "transformers cannot read"), ('{"model_type": "nope"}', "cannot read")],
@@ -175,7 +248,7 @@ def test_folders_that_are_no_models(text: str | None, words: str, tmp_path: Path
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ZooError, match=words):
-        find(str(tmp_path))
+        find(str(tmp_path))[0].build()
 
 
 @pytest.fixture
@@ -200,9 +273,12 @@ def timm(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "timm", module)
     monkeypatch.delitem(sys.modules, "dynlrp.zoo.image_models", raising=False)
     monkeypatch.delattr(zoo, "image_models", raising=False)
-    zoo.entries.cache_clear()
+    caches = zoo.entries, zoo.without_timm
+    for cache in caches:
+        cache.cache_clear()
     yield module
-    zoo.entries.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
     sys.modules.pop("dynlrp.zoo.image_models", None)
 
 
@@ -220,6 +296,24 @@ def test_models_of_timm() -> None:
         assert report.reached == report.verified == 4
     with pytest.raises(ZooError, match="no model is called 'huge_net'"):
         find("huge_net")
+
+
+def test_a_timm_that_cannot_be_imported_is_told_and_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise RuntimeError(f"no operator for {name}")
+
+    monkeypatch.setattr(zoo, "find_spec", lambda name: name)
+    monkeypatch.setattr(zoo, "import_module", broken)
+    caches = zoo.entries, zoo.without_timm
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        assert find("gpt2")[0].name == "paper/gpt2"
+        with pytest.raises(ZooError, match=r"timm, which cannot be imported: RuntimeError: no operator for timm"):
+            find("timm/resnet18")
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 def test_real_timm() -> None:

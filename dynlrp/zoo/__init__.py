@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dynlrp.coverage import Coverage, coverage
-from dynlrp.verification import verification
+from dynlrp.errors import described
+from dynlrp.verification import Verification, verification
 from dynlrp.zoo.entry import Entry, Example, ZooError, needs
 
-__all__ = ["Entry", "Example", "ZooError", "entries", "examine", "find"]
+__all__ = ["Entry", "Example", "ZooError", "entries", "examine", "find", "near", "search", "without_timm"]
 
 
 @cache
@@ -24,16 +27,16 @@ def entries() -> dict[str, Entry]:
 
 
 def find(model: str, shape: tuple[int, ...] | None = None) -> list[Entry]:
-    """The models that a text means.
+    """The models that a text means. What they are made of is not looked at before they are built.
 
     Args:
         model: a name of the zoo, with or without what stands before the slash, or a glob of names; a folder with a
             transformers ``config.json``; ``package.module:attribute``, a model, a class or a function that makes one;
             a timm model.
-        shape: of the input, where nothing else tells.
+        shape: of the input, where the model is not one of the zoo.
 
     Raises:
-        ZooError: there is no such model; the nearest names are given.
+        ZooError: there is no such model, and the nearest names are given; or it has inputs of its own.
     """
     if model.endswith(".onnx"):
         raise ZooError(f"{model}: ONNX files cannot be read yet. Give the PyTorch model that it was exported from.")
@@ -41,43 +44,77 @@ def find(model: str, shape: tuple[int, ...] | None = None) -> list[Entry]:
         from dynlrp.zoo import imported
 
         return [imported.entry(model, shape)]
-    known = entries()
-    if model in known:
-        return [known[model]]
-    if any(character in model for character in "*?["):
-        found = [entry for name, entry in known.items() if fnmatchcase(name, model)]
-        if not found:
-            raise ZooError(f"no model of the zoo is called like {model!r}; `dynlrp zoo` lists them")
-        return found
-    for zoo in ("paper", "family", "timm"):
-        if f"{zoo}/{model}" in known:
-            return [known[f"{zoo}/{model}"]]
+    known = _known(model)
+    if known and shape is not None:
+        raise ZooError(f"{known[0].name} comes with its inputs; a shape is for folders and models of yours, or of timm")
+    if known:
+        return known
     if Path(model).is_dir():
         with needs("transformers"):
             from dynlrp.zoo import folder
-        return [folder.entry(Path(model))]
-    if find_spec("timm") is not None:
-        from dynlrp.zoo import image_models
+        return [folder.entry(Path(model), shape)]
+    if any(character in model for character in "*?["):
+        raise ZooError(f"no model of the zoo is called like {model!r}; `dynlrp zoo` lists them")
+    name, from_timm = model.removeprefix("timm/"), _from_timm()
+    if from_timm is not None and from_timm.exists(name):
+        return [from_timm.entry(name, shape)]
+    if model.startswith("timm/") and from_timm is None:
+        raise ZooError(f"{model!r} is a model of timm, which {without_timm()}")
+    raise ZooError(_unknown(model))
 
-        if image_models.exists(model.removeprefix("timm/")):
-            return [image_models.entry(model.removeprefix("timm/"))]
-    elif model.startswith("timm/"):
-        raise ZooError(f"{model!r} is a model of timm, which is not installed")
-    raise ZooError(_unknown(model, list(known)))
+
+def search(text: str) -> list[Entry]:
+    """The models of the zoo whose name, title or class has a text in it, or fits a glob."""
+    if any(character in text for character in "*?["):
+        return [entry for name, entry in entries().items() if fnmatchcase(name, text)]
+    words = text.lower()
+    return [e for e in entries().values() if any(words in t.lower() for t in (e.name, e.title, e.kind))]
+
+
+def near(text: str) -> list[str]:
+    """Names of the zoo that are like a text, the nearest first, without what stands before the slash where that is
+    enough."""
+    bare = {name.partition("/")[2]: name for name in reversed(entries())}
+    return list(dict.fromkeys(bare.get(name, name) for name in get_close_matches(text, [*bare, *entries()], 6, 0.5)))
+
+
+@cache
+def without_timm() -> str:
+    """Why there are no models of timm; empty where there are."""
+    if find_spec("timm") is None:
+        return "is not installed"
+    try:
+        import_module("timm")
+    except Exception as error:  # as where its torchvision is not made for this torch
+        return f"cannot be imported: {described(error)}"
+    return ""
 
 
 def examine(entry: Entry, *, composite: str = "auto", verify: bool = False) -> Coverage:
     """The report on one model."""
     example = entry.build()
     made = coverage(example.model, example.inputs, composite=composite, allow_training=example.random, name=entry.name)
-    made = replace(made, title=entry.title, published=entry.published)
+    modality = made.modality or entry.modality()
+    made = replace(made, title=entry.title, published=entry.published, modality=modality)
     if not verify:
         return made
     from dynlrp.zoo.target import weighted_sum
 
-    small = example if entry.small is None else entry.small()
+    try:
+        small = example if entry.small is None else entry.small()
+    except Exception as error:  # the graph is known all the same
+        return replace(made, verification=Verification(error=f"no small model to explain: {described(error)}"))
     found = verification(small.model, small.inputs, weighted_sum, composite=composite, allow_training=small.random)
     return replace(made, verification=found)
+
+
+def _known(model: str) -> list[Entry]:
+    """The models of the zoo that are called so, or like a glob."""
+    known = entries()
+    for name in (model, *(f"{zoo}/{model}" for zoo in ("paper", "family", "timm"))):
+        if name in known:
+            return [known[name]]
+    return search(model) if any(character in model for character in "*?[") else []
 
 
 def _paper() -> Iterator[Entry]:
@@ -87,29 +124,36 @@ def _paper() -> Iterator[Entry]:
 
 
 def _families() -> Iterator[Entry]:
-    from dynlrp.zoo import families
+    from dynlrp.zoo import families, kinds
 
     for name in families.model_types():
-        yield Entry(f"family/{name}", _later(families.build, name))
+        yield Entry(
+            f"family/{name}",
+            partial(families.build, name),
+            kind=families.class_name(name),
+            modality=partial(kinds.modality, name),
+        )
 
 
 def _timm() -> Iterator[Entry]:
-    if find_spec("timm") is not None:
-        from dynlrp.zoo import image_models
-
-        for name in image_models.modules():
-            yield Entry(f"timm/{name}", _later(image_models.smallest, name))
-
-
-def _later(build: Callable[[str], Example], name: str) -> Callable[[], Example]:
-    return lambda: build(name)
+    from_timm = _from_timm()
+    if from_timm is not None:
+        for name in from_timm.modules():
+            yield Entry(f"timm/{name}", partial(from_timm.smallest, name), modality=lambda: "vision")
 
 
-def _unknown(model: str, known: list[str]) -> str:
-    bare = {name.partition("/")[2]: name for name in reversed(known)}
-    path = model.startswith((".", "/", "~"))
-    near = [] if path else [bare.get(name, name) for name in get_close_matches(model, [*bare, *known], 6, 0.5)]
-    suggestion = f"did you mean {', '.join(dict.fromkeys(near))}? " if near else ""
+def _from_timm() -> Any:
+    """The module for models of timm, where it can be imported."""
+    if without_timm():
+        return None
+    from dynlrp.zoo import image_models
+
+    return image_models
+
+
+def _unknown(model: str) -> str:
+    names = [] if model.startswith((".", "/", "~")) else near(model)
+    suggestion = f"did you mean {', '.join(names)}? " if names else ""
     return (
         f"no model is called {model!r}: {suggestion}A model is a name that `dynlrp zoo` lists, a folder with a "
         f"config.json, or package.module:attribute."

@@ -34,6 +34,10 @@ class Entry:
     """The model whose graph is looked at; it may lie on the meta device."""
     small: Callable[[], Example] | None = None
     """A smaller one with weights to explain, where ``build`` has none."""
+    kind: str = ""
+    """Its class, where that is known before it is built."""
+    modality: Callable[[], str] = str
+    """What kind of data it takes, where that is known before it is built."""
     title: str = ""
     published: int = 0
     """Number of parameters, as its authors give it."""

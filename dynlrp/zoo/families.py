@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING, MODEL_MAPPING_NAMES
 
 from dynlrp.zoo.entry import Example, ZooError
 from dynlrp.zoo.exceptions import EXCEPTIONS, RANDOM
@@ -51,6 +51,12 @@ class FirstOutput(nn.Module):
 def model_types() -> list[str]:
     """The types that have a model of their own."""
     return [config.model_type for config in MODEL_MAPPING]
+
+
+def class_name(model_type: str) -> str:
+    """The name of the class without a head for a type; nothing is imported."""
+    name = MODEL_MAPPING_NAMES[model_type]
+    return name if isinstance(name, str) else name[0]
 
 
 def model_class(config: PretrainedConfig) -> Any:

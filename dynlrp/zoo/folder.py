@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from dynlrp.fake import faked
 from dynlrp.zoo.entry import Entry, Example, ZooError
@@ -20,44 +23,63 @@ from dynlrp.zoo.inputs import candidates
 from dynlrp.zoo.shrink import shrunk
 
 
-def entry(folder: Path) -> Entry:
-    """The model that a folder's ``config.json`` describes."""
+def entry(folder: Path, shape: tuple[int, ...] | None = None) -> Entry:
+    """The model that a folder's ``config.json`` describes. ``shape`` is that of its main input; the small model has its
+    own."""
     file = folder / "config.json"
     if not file.is_file():
         raise ZooError(f"{folder} has no config.json, so it is no transformers model")
-    try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise ZooError(f"transformers cannot read {file}: {error}") from error
-    kind = _class(config)
-    exceptions = EXCEPTIONS.get(config.model_type)
+    contents = file.read_bytes()
     return Entry(
         str(folder),
-        lambda: _large(config, kind),
-        lambda: small(shrunk(config, exceptions), kind, padded=True),
-        title=kind.__name__,
-        digest=hashlib.sha256(file.read_bytes()).hexdigest()[:16],
+        lambda: _large(_config(file), shape),
+        lambda: _small(_config(file)),
+        title=_title(contents),
+        digest=hashlib.sha256(contents).hexdigest()[:16],
     )
 
 
+def _title(contents: bytes) -> str:
+    """The class that a configuration names, or its type."""
+    with suppress(ValueError, AttributeError):
+        found = json.loads(contents)
+        (name, *_) = found.get("architectures") or [MODEL_MAPPING_NAMES.get(found.get("model_type"), "")]
+        return name if isinstance(name, str) else name[0]
+    return ""
+
+
+def _config(file: Path) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(file.parent), local_files_only=True)
+    except Exception as error:
+        raise ZooError(f"transformers cannot read {file}: {error}") from error
+    return config
+
+
 def _class(config: PretrainedConfig) -> Any:
-    """The class that the configuration names, or the one without a head."""
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if found is not None:
-            return found
-    return model_class(config)
+    """The class that the configuration names, or where it names none the one without a head."""
+    if not config.architectures:
+        return model_class(config)
+    (name, *_) = config.architectures
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise ZooError(f'transformers has no class {name!r}, which the configuration names under "architectures"')
+    return found
 
 
-def _large(config: PretrainedConfig, kind: Any) -> Example:
+def _small(config: PretrainedConfig) -> Example:
+    return small(shrunk(config, EXCEPTIONS.get(config.model_type)), _class(config), padded=True)
+
+
+def _large(config: PretrainedConfig, shape: tuple[int, ...] | None) -> Example:
     if hasattr(config, "use_cache"):
         config.use_cache = False
     with torch.device("meta"):
-        model = kind(config)
+        model = _class(config)(config)
     if isinstance(config.dtype, torch.dtype):
         model.to(config.dtype)
     wrapped = FirstOutput(model).eval()
-    return Example(wrapped, fitting(_Fake(wrapped), _typed(candidates(model, config), config.dtype)))
+    return Example(wrapped, fitting(_Fake(wrapped), _typed(candidates(model, config, shape), config.dtype)))
 
 
 def _typed(offers: Iterator[dict[str, Any]], dtype: Any) -> Iterator[dict[str, Any]]:

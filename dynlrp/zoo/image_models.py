@@ -22,9 +22,14 @@ def exists(name: str) -> bool:
     return bool(timm.is_model(name))
 
 
-def entry(name: str) -> Entry:
+def entry(name: str, shape: tuple[int, ...] | None = None) -> Entry:
     """One model, by name: without weights, and with random ones to be explained."""
-    return Entry(f"timm/{name}", partial(_example, name, "meta"), partial(_example, name, "cpu"))
+    return Entry(
+        f"timm/{name}",
+        partial(_example, name, "meta", shape),
+        partial(_example, name, "cpu", shape),
+        modality=lambda: "vision",
+    )
 
 
 def smallest(module: str) -> Example:
@@ -32,11 +37,11 @@ def smallest(module: str) -> Example:
     return _example(min(timm.list_models(module=module), key=lambda name: _size(_build(name, "meta"))), "cpu")
 
 
-def _example(name: str, device: str) -> Example:
+def _example(name: str, device: str, shape: tuple[int, ...] | None = None) -> Example:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: Any = _build(name, device).eval()
-        return Example(model, torch.randn(1, *model.default_cfg.get("input_size", (3, 224, 224))))
+        return Example(model, torch.randn(shape or (1, *model.default_cfg.get("input_size", (3, 224, 224)))))
 
 
 def _build(name: str, device: str) -> nn.Module:

@@ -40,9 +40,11 @@ def first(value: Any, default: int) -> int:
     return value if isinstance(value, int) else value[0] if isinstance(value, list | tuple) and value else default
 
 
-def _ids(config: PretrainedConfig, length: int = LENGTH, batch: int = 2) -> Tensor:
+def _ids(config: PretrainedConfig, length: int | tuple[int, ...] = LENGTH, batch: int = 2) -> Tensor:
     size = min(VOCABULARY, first(field(config, "vocab_size", "text_vocab_size", "n_vocab", default=VOCABULARY), 100))
-    return torch.randint(5, max(6, min(size, VOCABULARY - 45)), (batch, length))
+    return torch.randint(
+        5, max(6, min(size, VOCABULARY - 45)), (batch, *(length if isinstance(length, tuple) else (length,)))
+    )
 
 
 def _image(config: PretrainedConfig, size: int | None = None) -> Tensor:
@@ -185,11 +187,15 @@ EXTRAS = words(
 """Inputs that a model may want although its signature does not say so."""
 
 
-def candidates(model: nn.Module, config: PretrainedConfig) -> Iterator[dict[str, Any]]:
-    """Example inputs that may fit, the likeliest first."""
+def candidates(
+    model: nn.Module, config: PretrainedConfig, shape: tuple[int, ...] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Example inputs that may fit, the likeliest first. ``shape``: of the main input."""
     parameters = inspect.signature(model.forward).parameters
-    own = INPUTS.get(config.model_type, {})
     main = getattr(model, "main_input_name", None) or "input_ids"
+    own = INPUTS.get(config.model_type, {})
+    if shape is not None:
+        own = {**own, main: lambda c: _ids(c, shape[1:], shape[0]) if main.endswith("_ids") else torch.randn(shape)}
     needed = [
         n for n, p in parameters.items()
         if n in own or (p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from dynlrp.zoo import nets
+from dynlrp.zoo import kinds, nets
 from dynlrp.zoo.entry import Entry, Example
 from dynlrp.zoo.families import FirstOutput, small
 from dynlrp.zoo.shrink import shrunk
@@ -43,7 +43,7 @@ def _net(
             model = little().eval()
             return Example(model, torch.randn(2, 3, 224 if name == "vgg16" else 64, 224 if name == "vgg16" else 64))
 
-    return Entry(f"paper/{name}", build, reduced, title, published)
+    return Entry(f"paper/{name}", build, reduced, _name(large), lambda: "vision", title, published)
 
 
 def _transformer(
@@ -63,7 +63,18 @@ def _transformer(
             model = kind(made)
         return Example(FirstOutput(model).eval(), inputs(made))
 
-    return Entry(f"paper/{name}", build, lambda: small(shrunk(config(), less), kind, padded=True), title, published)
+    def reduced() -> Example:
+        return small(shrunk(config(), less), kind, padded=True)
+
+    def modality() -> str:
+        return kinds.modality(config().model_type)
+
+    return Entry(f"paper/{name}", build, reduced, _name(kind), modality, title, published)
+
+
+def _name(made_by: Any) -> str:
+    """A class by its name, a function by its place."""
+    return str(made_by.__name__ if isinstance(made_by, type) else f"{made_by.__module__}.{made_by.__name__}")
 
 
 def _vit() -> PretrainedConfig:
