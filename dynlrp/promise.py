@@ -172,13 +172,18 @@ class Promises:
         key = (edge, gated)
         recipe = self._recipes.get(key)
         if recipe is None:
-            recipe = self._resolve(edge, gated)
+            recipe = (self._kept(edge, True) if gated else None) or self._resolve(edge)
+            self._recipes[key] = recipe
         if recipe.broken:
             return recipe.broken
         self._await(recipe)
         if waiter is not None:
             self._lengths[waiter] = max(recipe.length, self._lengths.get(waiter, 0))
         return ""
+
+    def close(self) -> None:
+        """Forget the promises that were looked at and nobody waits for: they would hold nodes to the end."""
+        self._recipes = {key: recipe for key, recipe in self._recipes.items() if recipe.waiting}
 
     def take(self, edge: Edge, gated: bool = False) -> Tensor:
         """The value of a settled promise; freed with its last taker."""
@@ -192,7 +197,7 @@ class Promises:
 
     # Resolution: which recipe, without touching data.
 
-    def _resolve(self, edge: Edge, gated: bool) -> Recipe:
+    def _resolve(self, edge: Edge) -> Recipe:
         stack = [edge]
         while stack:
             current = stack[-1]
@@ -229,11 +234,7 @@ class Promises:
                         )
             self._recipes[(current, False)] = recipe
             stack.pop()
-        if not gated:
-            return self._recipes[(edge, False)]
-        recipe = self._kept(edge, True) or self._recipes[(edge, False)]
-        self._recipes[(edge, True)] = recipe
-        return recipe
+        return self._recipes[(edge, False)]
 
     def _obstacle(self, operation: Operation | None, index: int) -> str:
         """Why a node cannot be replayed, or an empty string."""

@@ -256,6 +256,7 @@ class Walk:
             if problem:
                 name = self.graph.names[edge.node]
                 broken.append(f"the relevance of the tensor made by {name} needs its value: {problem}")
+        self.promises.close()
         if broken:
             self._live.clear()
             raise BrokenPromiseError(

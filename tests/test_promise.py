@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dynlrp import BrokenPromiseError, Composite, FreedGraphError, When, explain, relevance
 from dynlrp.capture import Recorder
@@ -262,6 +263,24 @@ def test_values_on_the_way_are_not_kept(counter: Counter) -> None:
     composite = Composite.of("look", {"dense": Look()})
     explain(lambda x: F.linear(_chain(x, 50), weight), draw(1, 1, 3), torch.sum, composite=composite)
     assert seen == [1]
+
+
+def test_activations_go_as_relevance_passes_them() -> None:
+    """Ways to recompute a value that somebody keeps anyway hold nothing: at each layer, all behind it is freed."""
+    net = randomise(nn.Sequential(*(m for _ in range(5) for m in (nn.Conv2d(2, 2, 1), nn.ReLU())), nn.Flatten()))
+    made: list[StorageWeakRef] = []
+    alive: list[int] = []
+    for module in net[1::2]:
+        module.register_forward_hook(lambda m, x, y: made.append(StorageWeakRef(y.untyped_storage())))
+
+    class Look(Gamma):
+        def __call__(self, step: Step, grads: Grads) -> Sequence[Tensor | None]:
+            alive.append(sum(not storage.expired() for storage in made))
+            return super().__call__(step, grads)
+
+    explain(net, draw(1, 1, 2, 3, 3), torch.sum, composite=Composite.of("look", {"convolution": Look()}))
+    # Its own output, and those of the layers before it.
+    assert alive == [5, 4, 3, 2, 1]
 
 
 def test_two_that_wait_for_one_value(counter: Counter) -> None:
