@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-import random
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -13,26 +11,17 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules import module as hooks
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynlrp.composite import Composite, When, innermost
-from dynlrp.errors import CompiledModuleError, InputError, TrainingModeError
+from dynlrp.errors import InputError
 from dynlrp.places import parse
-
-Buffer = tuple[nn.Module, str, Tensor]
-"""A buffer with the module that owns it."""
-
-SMALL = 65536
-"""Largest buffer that is copied together with others."""
 
 _saving: Callable[[], Any] = partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
 """The saved-tensor hooks that are set."""
@@ -414,39 +403,6 @@ def _bare(name: str) -> str:
     return name.replace("_", "").lower()
 
 
-def survey(model: Any, allow_training: bool) -> tuple[bool, list[Buffer]]:
-    """Look over the modules once. Returns whether any parameter is frozen, and the buffers; raises for what cannot
-    be explained: compiled modules, active dropout, batch statistics."""
-    if hasattr(model, "_orig_mod") or hasattr(model, "_torchdynamo_orig_callable"):
-        raise CompiledModuleError(
-            "this module went through torch.compile, so its graph is one opaque node: explain the original, "
-            "model._orig_mod, which shares its weights"
-        )
-    buffers: list[Buffer] = []
-    if not isinstance(model, nn.Module):
-        return False, buffers
-    active: list[nn.Module] = []
-    frozen = False
-    for module in _modules(model):
-        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
-            raise CompiledModuleError(
-                f"{type(module).__name__} in this model went through torch.compile, so its graph is one opaque node: "
-                f"explain the model without compiling that part"
-            )
-        if not allow_training and _is_random(module):
-            active.append(module)
-        frozen = frozen or not all(p is None or p.requires_grad for p in module._parameters.values())
-        buffers += [(module, name, buffer) for name, buffer in module._buffers.items() if buffer is not None]
-    if active:
-        names = {id(module): name or "the model" for name, module in model.named_modules()}
-        raise TrainingModeError(
-            f"in training mode, or with statistics of the batch: {', '.join(names[id(m)] for m in active[:5])}"
-            f"{' ...' if len(active) > 5 else ''}. Call model.eval() before explaining, or pass allow_training=True to "
-            f"explain one random draw."
-        )
-    return frozen, buffers
-
-
 def frozen_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters without ``requires_grad`` that could have it."""
     return [
@@ -454,98 +410,3 @@ def frozen_parameters(model: nn.Module) -> list[nn.Parameter]:
         for p in model.parameters()
         if not p.requires_grad and (p.is_floating_point() or p.is_complex()) and not p.is_inference()
     ]
-
-
-def _is_random(module: nn.Module) -> bool:
-    """Whether a module draws random numbers or mixes the samples of a batch."""
-    if isinstance(module, _BatchNorm):
-        return module.training or module.running_mean is None
-    if isinstance(module, _NormBase):  # instance norm: per sample, but it may update statistics
-        return module.training and module.track_running_stats
-    if not module.training:
-        return False
-    if isinstance(module, _DropoutNd):
-        return module.p > 0
-    dropout = getattr(module, "dropout", None)
-    return isinstance(dropout, float) and dropout > 0
-
-
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules, without the cost of their names."""
-    stack, seen = [model], {model}
-    while stack:
-        module = stack.pop()
-        yield module
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
-
-
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Flat copies; small tensors of one kind in one go, as a net may have hundreds of them."""
-    copies: list[Tensor | None] = [None] * len(tensors)
-    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        if tensor.layout is torch.strided and tensor.numel() <= SMALL:
-            kinds.setdefault((tensor.dtype, tensor.device), []).append(place)
-        else:
-            copies[place] = tensor.clone()
-    for places in kinds.values():
-        together = torch.cat([tensors[place].detach().reshape(-1) for place in places])
-        parts = torch.split(together, [tensors[place].numel() for place in places])
-        for place, part in zip(places, parts, strict=True):
-            copies[place] = part
-    return [copy for copy in copies if copy is not None]
-
-
-class State:
-    """``keep`` it, once all is well, where the forward pass was the caller's own."""
-
-    keep = False
-
-
-@contextmanager
-def same_state(buffers: list[Buffer], allow_training: bool) -> Iterator[State]:
-    """Put buffers and random states back. A forward that draws random numbers is an error unless that is allowed."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    states: list[tuple[Any, Callable[[], Any], Callable[[Any], object], Callable[[Any, Any], bool]]] = [
-        (torch.get_rng_state(), torch.get_rng_state, torch.set_rng_state, torch.equal),
-        *(
-            (torch.cuda.get_rng_state(d), partial(torch.cuda.get_rng_state, d), _setter(d), torch.equal)
-            for d in devices
-        ),
-        (random.getstate(), random.getstate, random.setstate, operator.eq),
-        (np.random.get_state(), np.random.get_state, np.random.set_state, _same_numpy),
-    ]
-    copies = _copies([buffer for _, _, buffer in buffers])
-    kept = [(*entry, entry[2]._version, value) for entry, value in zip(buffers, copies, strict=True)]
-    drawn, state = False, State()
-    try:
-        yield state
-    finally:
-        changed = [(before, put) for before, get, put, same in states if not same(before, get())]
-        drawn = bool(changed)
-        if not state.keep or (drawn and not allow_training):
-            for before, put in changed:
-                put(before)
-            with torch.no_grad():
-                for module, name, buffer, version, value in kept:
-                    module._buffers[name] = buffer
-                    value = value if value.shape == buffer.shape else value.view(buffer.shape)
-                    # Kernels of batch statistics write without counting a version.
-                    if buffer._version != version or (allow_training and not torch.equal(buffer, value)):
-                        buffer.copy_(value)
-    if drawn and not allow_training:
-        raise TrainingModeError(
-            "the forward pass drew random numbers (dropout as a function, sampling): its explanation would be of one "
-            "random draw. Call model.eval(), or pass allow_training=True."
-        )
-
-
-def _setter(device: int) -> Callable[[Tensor], None]:
-    return lambda state: torch.cuda.set_rng_state(state, device)
-
-
-def _same_numpy(a: Any, b: Any) -> bool:
-    return bool(a[2:] == b[2:] and (a[1] == b[1]).all())

@@ -12,7 +12,7 @@ from torch._guards import active_fake_mode
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from dynlrp.capture import EVERYTHING, Wanted, same_state, survey
+from dynlrp.capture import EVERYTHING, Wanted
 from dynlrp.composite import Composite
 from dynlrp.condition import Condition
 from dynlrp.errors import BrokenPromiseError, InputError, NonFiniteError, NoPathError
@@ -20,6 +20,7 @@ from dynlrp.explanation import Explanation
 from dynlrp.options import Names, OnUnknown, Options
 from dynlrp.request import Request
 from dynlrp.run import Run, Settled
+from dynlrp.state import same_state, survey
 from dynlrp.target import Seed, Target, make_seed
 
 
@@ -145,7 +146,7 @@ def explanations(
     done: set[int] = set()
     record: Wanted | None = None
     while True:
-        with same_state(buffers, options.allow_training) as state:
+        with same_state(buffers, options.allow_training, request.look) as state:
             runs = request.forward(record)
             found = _explained(runs, chunk, done, record is EVERYTHING)
             if options.create_graph:  # the state is kept if all is well
@@ -154,8 +155,7 @@ def explanations(
                 found = iter(ready)
         for number, explanation in found:
             if not explanation.finite():
-                with same_state(buffers, allow_training=True):
-                    request.diagnose(number)
+                request.diagnose(number)
             done.add(number)
             yield number, explanation
         if len(done) == sum(len(numbers) for _, numbers in runs):
@@ -272,7 +272,7 @@ def settle(
     fake = active_fake_mode() is not None  # draws nothing, and the model is a copy
     record: Wanted | None = None
     for count in range(1, 4):
-        with nullcontext() if fake else same_state(buffers, allow_training):
+        with nullcontext() if fake else same_state(buffers, allow_training, request.look):
             runs = request.forward(record, release=False)
         ((run, _),) = runs
         final = record is EVERYTHING

@@ -90,6 +90,10 @@ class Request:
             recording.outputs.clear()
         return runs
 
+    def look(self) -> None:
+        """Run again for what the model does meanwhile."""
+        self.forward(release=False)
+
     def diagnose(self, number: int) -> None:
         """Run again with every value looked at, and raise for the first that is not finite."""
         for place, leaf in enumerate(pytree.tree_leaves(as_dicts(self.inputs))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from dynlrp import COMPOSITES, DynLRPError, explain, relevance, rules
+from dynlrp import COMPOSITES, DynLRPError, TrainingModeError, explain, relevance, rules
 from tests.conftest import Apply, Opaque, sample
 from tests.peers import models as peers
 
@@ -334,3 +335,142 @@ def test_parts_masked_in_place() -> None:
         (gradient,) = torch.autograd.grad(changing(leaf)[:, target].sum(), leaf)
         assert torch.allclose(explanation.relevance, gradient * x, rtol=1e-13, atol=0)
         assert explanation.ledger.closes
+
+
+DRAWS: dict[str, Callable[[], Any]] = {
+    "torch": lambda: torch.rand(1),
+    "python": random.random,
+    "numpy": np.random.rand,
+}
+
+
+@contextmanager
+def drawing(draw: Callable[[], Any]) -> Iterator[list[int]]:
+    """Another thread that draws all the while; how often it did, in the end."""
+    stop, begun, count = threading.Event(), threading.Event(), [0]
+
+    def work() -> None:
+        while not stop.is_set():
+            draw()
+            count[0] += 1
+            begun.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait()
+    try:
+        yield count
+    finally:
+        stop.set()
+        thread.join()
+
+
+def reference(kind: str, count: int) -> Any:
+    """What ``count`` draws after a seed leave behind."""
+    seed_all()
+    for _ in range(count):
+        DRAWS[kind]()
+    return random_states()
+
+
+def seed_all() -> None:
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+
+
+def random_states() -> list[Any]:
+    numpy_state: Any = np.random.get_state(legacy=True)
+    return [torch.get_rng_state().tolist(), random.getstate(), numpy_state[1].tolist(), numpy_state[2:]]
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("kind", DRAWS)
+def test_draws_of_another_thread_are_no_error_and_stay_drawn(kind: str, create_graph: bool) -> None:
+    model = net()
+    expected = explain(model, X, 1).relevance
+    seed_all()
+    with drawing(DRAWS[kind]) as count:
+        for _ in range(5):
+            assert torch.equal(explain(model, X, 1, create_graph=create_graph).relevance, expected)
+            explain(model, X, 1, allow_training=True)
+    assert random_states() == reference(kind, count[0])
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_own_draws_are_an_error_while_another_thread_draws(kind: str) -> None:
+    """And what the other thread drew is not taken back."""
+    model = net(Apply(lambda x: x + float(DRAWS[kind]())))
+    seed_all()
+    with drawing(DRAWS[kind]), pytest.raises(TrainingModeError, match="random numbers"):
+        explain(model, X, 1)
+    before = random_states()
+    other = next(k for k in DRAWS if k != kind)
+    with drawing(DRAWS[other]), pytest.raises(TrainingModeError, match="random numbers"):
+        explain(model, X, 1)
+    after = random_states()
+    place = {"torch": [0], "python": [1], "numpy": [2, 3]}[kind]
+    assert [after[p] for p in place] == [before[p] for p in place]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: x + torch.rand(1, generator=torch.default_generator),
+        lambda x: torch.nn.functional.dropout(x, 0.5),
+        lambda x: torch.nn.functional.rrelu(x, training=True),
+        lambda x: x * float(torch.empty(1).normal_()),
+        lambda x: (torch.manual_seed(9), x * 2)[1],
+        lambda x: x + random.gauss(0, 1) * 0 + random.randint(0, 3),
+        lambda x: x[:, random.sample(range(6), 6)],
+        lambda x: x[:, np.random.permutation(6)],
+    ],
+)
+def test_draws_that_an_idle_thread_might_have_made(draw: Callable[[Tensor], Tensor]) -> None:
+    """It is told from the model's, which are put back."""
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    model = net(Apply(draw))
+    try:
+        with unchanged(model, X), pytest.raises(TrainingModeError):
+            explain(model, X, 1)
+        with unchanged(model, X):
+            explain(model, X, 1, allow_training=True)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_generator_of_the_models_own_is_no_draw() -> None:
+    own = torch.Generator().manual_seed(1)
+    model = net(Apply(lambda x: x + torch.rand(1, generator=own)))
+    with drawing(DRAWS["torch"]):
+        explain(model, X, 1)
+
+
+def test_fused_attention_draws_nothing_in_eval_mode() -> None:
+    model, inputs, target = sample("bert")
+    with drawing(DRAWS["torch"]):
+        for _ in range(3):
+            explain(model, inputs, target)
+
+
+def test_buffers_that_a_forward_pass_changes_while_another_thread_draws() -> None:
+    """The second look leaves no trace: with create_graph the pass counts once, else not at all."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x * 2
+
+    model = net(Counting())
+    with drawing(DRAWS["torch"]):
+        explain(model, X, 1)
+        assert float(model[3].calls) == 0
+        explain(model, X, 1, create_graph=True)
+        assert float(model[3].calls) == 1

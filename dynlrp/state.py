@@ -1,0 +1,153 @@
+"""What a forward pass must leave as it was: buffers and random states; and models that would not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from dynlrp.errors import CompiledModuleError, TrainingModeError
+from dynlrp.randomness import Draws, alone, sources
+
+Buffer = tuple[nn.Module, str, Tensor]
+"""A buffer with the module that owns it."""
+
+SMALL = 65536
+"""Largest buffer that is copied together with others."""
+
+
+def survey(model: Any, allow_training: bool) -> tuple[bool, list[Buffer]]:
+    """Look over the modules once. Returns whether any parameter is frozen, and the buffers; raises for what cannot
+    be explained: compiled modules, active dropout, batch statistics."""
+    if hasattr(model, "_orig_mod") or hasattr(model, "_torchdynamo_orig_callable"):
+        raise CompiledModuleError(
+            "this module went through torch.compile, so its graph is one opaque node: explain the original, "
+            "model._orig_mod, which shares its weights"
+        )
+    buffers: list[Buffer] = []
+    if not isinstance(model, nn.Module):
+        return False, buffers
+    active: list[nn.Module] = []
+    frozen = False
+    for module in _modules(model):
+        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+            raise CompiledModuleError(
+                f"{type(module).__name__} in this model went through torch.compile, so its graph is one opaque node: "
+                f"explain the model without compiling that part"
+            )
+        if not allow_training and _is_random(module):
+            active.append(module)
+        frozen = frozen or not all(p is None or p.requires_grad for p in module._parameters.values())
+        buffers += [(module, name, buffer) for name, buffer in module._buffers.items() if buffer is not None]
+    if active:
+        names = {id(module): name or "the model" for name, module in model.named_modules()}
+        raise TrainingModeError(
+            f"in training mode, or with statistics of the batch: {', '.join(names[id(m)] for m in active[:5])}"
+            f"{' ...' if len(active) > 5 else ''}. Call model.eval() before explaining, or pass allow_training=True to "
+            f"explain one random draw."
+        )
+    return frozen, buffers
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Whether a module draws random numbers or mixes the samples of a batch."""
+    if isinstance(module, _BatchNorm):
+        return module.training or module.running_mean is None
+    if isinstance(module, _NormBase):  # instance norm: per sample, but it may update statistics
+        return module.training and module.track_running_stats
+    if not module.training:
+        return False
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    dropout = getattr(module, "dropout", None)
+    return isinstance(dropout, float) and dropout > 0
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules, without the cost of their names."""
+    stack, seen = [model], {model}
+    while stack:
+        module = stack.pop()
+        yield module
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Flat copies; small tensors of one kind in one go, as a net may have hundreds of them."""
+    copies: list[Tensor | None] = [None] * len(tensors)
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor.layout is torch.strided and tensor.numel() <= SMALL:
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(place)
+        else:
+            copies[place] = tensor.clone()
+    for places in kinds.values():
+        together = torch.cat([tensors[place].detach().reshape(-1) for place in places])
+        parts = torch.split(together, [tensors[place].numel() for place in places])
+        for place, part in zip(places, parts, strict=True):
+            copies[place] = part
+    return [copy for copy in copies if copy is not None]
+
+
+class State:
+    """``keep`` it, once all is well, where the forward pass was the caller's own."""
+
+    keep = False
+
+
+class _Kept:
+    """Buffers as they are now."""
+
+    def __init__(self, buffers: Sequence[Buffer]) -> None:
+        copies = _copies([buffer for _, _, buffer in buffers])
+        self._kept = [(*entry, entry[2]._version, value) for entry, value in zip(buffers, copies, strict=True)]
+
+    @torch.no_grad()
+    def put_back(self, training: bool) -> None:
+        for module, name, buffer, version, value in self._kept:
+            module._buffers[name] = buffer
+            value = value if value.shape == buffer.shape else value.view(buffer.shape)
+            # Kernels of batch statistics write without counting a version.
+            if buffer._version != version or (training and not torch.equal(buffer, value)):
+                buffer.copy_(value)
+
+
+@contextmanager
+def same_state(buffers: Sequence[Buffer], allow_training: bool, again: Callable[[], object]) -> Iterator[State]:
+    """Put buffers and random states back. A forward that draws random numbers is an error unless that is allowed.
+
+    Other threads draw from the same generators, and what they drew stays drawn. So where there are such and a state
+    changed, ``again`` repeats the forward pass under observation.
+    """
+    before, only, kept, state = [(source, source.get()) for source in sources()], alone(), _Kept(buffers), State()
+    drawn = False
+    try:
+        yield state
+    finally:
+        changed = {source: value for source, value in before if not source.same(value, source.get())}
+        keep = state.keep and allow_training
+        if changed and not only and not keep:
+            now = _Kept(buffers)
+            draws = Draws(changed, again)
+            now.put_back(allow_training)
+            drawn = bool(draws.ours)
+            changed = {source: changed[source] for source in draws.ours - draws.others}
+        else:
+            drawn = bool(changed)
+        if not state.keep or (drawn and not allow_training):
+            for source, value in changed.items():
+                source.put(value)
+            kept.put_back(allow_training)
+    if drawn and not allow_training:
+        raise TrainingModeError(
+            "the forward pass drew random numbers (dropout as a function, sampling): its explanation would be of one "
+            "random draw. Call model.eval(), or pass allow_training=True."
+        )
