@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynlrp.composite import Composite, When, innermost
 from dynlrp.errors import InputError
-from dynlrp.places import parse
+from dynlrp.places import ATTENTION, parse
 
 _saving: Callable[[], Any] = partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
 """The saved-tensor hooks that are set."""
@@ -62,10 +63,20 @@ class Call:
 
 
 class Frame(NamedTuple):
-    """A running module, and the one that called it."""
+    """A running module, the one that called it, and the sequence number when it began."""
 
     module: nn.Module
     caller: Frame | None
+    start: int
+
+
+class Kept(NamedTuple):
+    """A tensor of the graph: its node and number there, its value, and the version of that value."""
+
+    node: Any
+    number: int
+    value: Tensor
+    version: int
 
 
 class _Open(NamedTuple):
@@ -100,8 +111,8 @@ class Recording:
         self._calls: list[Call] = []
         self.matched: set[When] = set()
         """Entries of the composite for whole modules that met one."""
-        self.outputs: dict[str, list[tuple[Any, int, Tensor, int]]] = {}
-        """Per requested tensor and call: its node and number there, its value, and the version of that value."""
+        self.outputs: dict[str, list[list[Kept]]] = {}
+        """Per requested tensor and call: the tensor, and behind it those that came with it."""
 
     def names(self) -> dict[int, str]:
         """Module path by ``id``."""
@@ -137,20 +148,25 @@ class Recording:
             if self._open is not None:
                 self._depth += 1
                 return
-            self._running = Frame(module, self._running)
+            self._running = Frame(module, self._running, _sequence())
             events.append((_sequence(), self._running))
 
-        def leave(module: nn.Module, _: Any, output: Any) -> None:
+        def leave(module: nn.Module, _: Any, output: Any) -> Any:
             if threading.get_ident() != thread:
-                return
+                return None
+            _, names = wanted.get(id(module), (module, ()))
             if self._open is not None and self._depth:
                 self._depth -= 1
-                buried.extend((name, self._open.modules[-1]) for name in wanted.get(id(module), (module, ()))[1])
-                return
-            self._running = None if self._running is None else self._running.caller
+                buried.extend((name, self._open.modules[-1]) for name in names)
+                return None
+            frame, returned = self._running, output
+            if names and frame is not None:
+                output = _owned(output, frame.start)
+            self._running = None if frame is None else frame.caller
             events.append((_sequence(), self._running))
-            for name in wanted.get(id(module), (module, ()))[1]:
+            for name in names:
                 self._keep(name, output)
+            return None if output is returned else output
 
         def given(module: nn.Module, args: Any, kwargs: Any) -> None:
             if threading.get_ident() != thread:
@@ -220,7 +236,7 @@ class Recording:
             raise InputError("layers= needs an nn.Module")
         for whole in layers:
             pattern, of = parse(whole)
-            if of != kind:
+            if of.startswith("input") != (kind == "input") or of in ATTENTION:
                 continue
             everything = list(self._model.named_modules(remove_duplicate=False))
             found = [(name, module) for name, module in everything if fnmatchcase(name, pattern)]
@@ -229,20 +245,60 @@ class Recording:
                     f"no module is called {pattern!r}; the model has {[n for n, _ in everything[1:9]]} ..."
                 )
             for name, module in found:
-                name = name if kind == "output" else f"{name}:{kind}"
+                name = name if of == "output" else f"{name}:{of}"
                 names = wanted.setdefault(id(module), (module, []))[1]
                 if name not in names:
                     names.append(name)
         return wanted
 
-    def _keep(self, name: str, output: Any) -> None:
-        tensors = (t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
-        tensor = next((t for t in tensors if t.requires_grad), None)
-        if tensor is None:
-            return
-        node, number = get_gradient_edge(tensor)[:2]
-        value = tensor if self._attached else tensor.detach()
-        self.outputs.setdefault(name, []).append((node, number, value, value._version))
+    def _keep(self, name: str, given: Any) -> None:
+        tensors = [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor)]
+        number = parse(name)[1].rpartition(":")[2]
+        if number.isdecimal():
+            if int(number) >= len(tensors):
+                raise InputError(f"there is no {name!r}: the module has {len(tensors)} such tensors")
+            tensors = [tensors[int(number)]]
+        kept = []
+        for tensor in tensors:
+            if tensor.is_floating_point() and tensor.requires_grad:
+                value = tensor if self._attached else tensor.detach()
+                kept.append(Kept(*get_gradient_edge(tensor)[:2], value, value._version))
+        if kept:
+            self.outputs.setdefault(name, []).append(kept)
+
+
+class ModuleOutput(torch.autograd.Function):
+    """The same numbers in the same memory, as another tensor of the graph; no view, so that a write in place into it
+    is recorded as into any tensor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+def _owned(output: Any, start: int) -> Any:
+    """What a module returned, with tensors of its own in place of those that something before ``start`` made: what
+    uses them elsewhere does not use the module's output."""
+    leaves, spec = pytree.tree_flatten(output)
+    owned = list(leaves)
+    for place, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+            continue
+        if leaf.grad_fn is None:
+            owned[place] = torch.ops.aten.alias(leaf)  # a view, as nobody may write into a leaf
+        elif leaf.grad_fn._sequence_nr() < start:
+            owned[place] = ModuleOutput.apply(leaf)  # type: ignore[no-untyped-call]
+    return output if all(map(operator.is_, owned, leaves)) else pytree.tree_unflatten(owned, spec)
 
 
 class Aliases(TorchFunctionMode):

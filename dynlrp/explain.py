@@ -56,8 +56,9 @@ def explain(
             floating point tensor of the output's shape, the initial relevance; a function from the output to one
             number per sample; a :class:`Contrast` of two outputs.
         composite: which rules, as a name in ``dynlrp.COMPOSITES`` or a :class:`Composite`.
-        layers: names or globs of modules whose output's relevance is wanted, in ``explanation.layers``.
-            ``"name:input"`` is what the module was given, with all that uses it; ``:query``, ``:key``, ``:value``,
+        layers: names or globs of modules whose output's relevance is wanted, in ``explanation.layers``; ``"name:1"`` is
+            the second of several that a module returns. ``"name:input"`` is what the module was given, with all that
+            uses it; ``:query``, ``:key``, ``:value``,
             ``:weights`` and ``:heads`` (the output of each head) are what attention in that module makes, ``(batch,
             heads, ...)``.
         parameters: names or globs of parameters, for ``explanation.parameters``; relevance is summed over all uses. A

@@ -1,8 +1,9 @@
 """Tensors inside a model by name: a module's output or input, and what attention makes on its way.
 
 A name is that of a module, or a glob; what stands behind a colon says which tensor: ``block.0`` is the module's output
-and ``block.0:input`` its input. ``query``, ``key``, ``value``, ``weights`` and ``heads`` (the output of every head,
-before they are joined) are those of the attention that ran in the module, fused or written out, found by structure.
+and ``block.0:input`` its input; of several, ``block.0:1`` and ``block.0:input:1`` are the second. ``query``, ``key``,
+``value``, ``weights`` and ``heads`` (the output of every head, before they are joined) are those of the attention that
+ran in the module, fused or written out, found by structure.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ NEARBY = 32
 
 
 def parse(pattern: str) -> tuple[str, str]:
-    """The glob of a module, and which of its tensors: ``output``, ``input`` or one of ``ATTENTION``."""
-    glob, colon, kind = pattern.rpartition(":")
-    if not colon:
-        return pattern, "output"
-    if kind not in ("input", *ATTENTION):
-        raise InputError(f"{pattern!r} ends in {kind!r}; behind a colon stands one of input, {', '.join(ATTENTION)}")
-    return glob, kind
+    """The glob of a module, and which of its tensors: ``output``, ``input``, a number of one of those (``1``,
+    ``input:1``), or one of ``ATTENTION``."""
+    glob, *kinds = pattern.split(":")
+    number = kinds[-1:] if kinds and kinds[-1].isdecimal() else []
+    kind = kinds[: len(kinds) - len(number)]
+    if len(kind) > 1 or any(k != "input" and (number or k not in ATTENTION) for k in kind):
+        raise InputError(
+            f"{pattern!r} ends in {':'.join(kinds)!r}; behind a colon stands one of input, {', '.join(ATTENTION)}, or "
+            f"the number of an output"
+        )
+    return glob, ":".join(kinds) or "output"
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Request:
                 for number, target in enumerate(targets):
                     seed = make_seed(found, target)
                     groups.setdefault((id(seed.root), seed.relevance), []).append((number, seed))
-            returned = result if attached else None
+            output = result if attached else None
             del result, found
             calls = recording.take_calls()
             runs = []
@@ -73,14 +73,14 @@ class Request:
                     recording=recording, calls=calls,
                 )  # fmt: skip
                 runs.append((run, numbers))
-                run.output, run.aliases = returned, aliases
+                run.output, run.aliases = output, aliases
                 if recorder is not None:
                     run.keep(recorder, record)
                 inputs.want(run)
                 run.taps = {name: [] for name in recording.requested()}
-                for name, outputs in recording.outputs.items():
-                    for node, number, value, version in outputs:
-                        run.tap(name, node, number, value, version)
+                for name, returned in recording.outputs.items():
+                    for kept in returned:
+                        run.tap(name, kept)
                 heads = [pattern for pattern in map(parse, places) if pattern[1] in ATTENTION]
                 if heads:
                     run.tap_attention(heads)

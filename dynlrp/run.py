@@ -15,7 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from dynlrp.auditor import AuditedLedger, Auditor
-from dynlrp.capture import Aliases, Call, Recorder, Recording, Wanted
+from dynlrp.capture import Aliases, Call, Kept, Recorder, Recording, Wanted
 from dynlrp.composite import innermost
 from dynlrp.condition import Condition, channel_axis, mask
 from dynlrp.errors import (
@@ -130,6 +130,8 @@ class Run:
         self.missing: dict[Edge, int] = {}
         """Tensors whose values nobody keeps, with the number of their node."""
         self.taps: dict[str, list[Tap | None]] = {}
+        self.beside: dict[str, list[Tap]] = {}
+        """What a module returned beside that."""
         self.leaves: dict[str, Edge | None] = {}
         self.rebuild: Callable[[list[Tensor | None]], Any] = lambda values: values
         self.output: Any = None
@@ -155,13 +157,19 @@ class Run:
         """Tensors whose relevance makes the results."""
         return list(dict.fromkeys(edge for group in self.groups for edge, _ in group.sources))
 
-    def tap(self, name: str, node: Node, number: int, value: Tensor, version: int) -> None:
-        """Ask for the relevance of a tensor on the way."""
-        edge = self.graph.edge(node, number)
-        shape = tuple(value.shape)
-        self.taps.setdefault(name, []).append(None if edge is None else Tap(edge, shape, shape))
-        if edge is not None and edge not in self.captured:
-            self.captured[edge] = (value, version)
+    def tap(self, name: str, kept: Sequence[Kept]) -> None:
+        """Ask for the relevance of a tensor on the way; what came with it may be masked."""
+        first, *others = [self._tap(tensor) for tensor in kept]
+        self.taps.setdefault(name, []).append(first)
+        self.beside.setdefault(name, []).extend(tap for tap in others if tap is not None)
+
+    def _tap(self, kept: Kept) -> Tap | None:
+        edge = self.graph.edge(kept.node, kept.number)
+        if edge is None:
+            return None
+        self.captured.setdefault(edge, (kept.value, kept.version))
+        shape = tuple(kept.value.shape)
+        return Tap(edge, shape, shape)
 
     def tap_attention(self, patterns: Sequence[tuple[str, str]]) -> None:
         """Ask for what attention makes, by glob of the module and kind."""
@@ -189,13 +197,27 @@ class Run:
             for pattern, selection in condition.items():
                 glob, kind = parse(pattern)
                 names = [n for n in self.taps if parse(n)[1] == kind and fnmatch.fnmatchcase(parse(n)[0], glob)]
-                found = [(name, tap) for name in names for tap in self.taps[name] if tap is not None]
+                found = [(name, tap) for name in names for tap in self._returned(name)]
                 if not found:
                     raise InputError(f"the condition on {pattern!r} cannot hold: no relevance passes through it")
                 for name, tap in found:
                     chosen = tap.place(mask(selection, tap.shape, self._axis(tap), name))
                     chosen = chosen.to(self.graph.nodes[tap.edge.node]._input_metadata[tap.edge.output].device)
                     masks[tap.edge] = chosen if tap.edge not in masks else masks[tap.edge] * chosen
+
+    def _returned(self, name: str) -> list[Tap]:
+        """All tensors of this name, and those that a module returned beside it: relevance passes all of them."""
+        taps = [tap for tap in self.taps[name] if tap is not None]
+        beside = self.beside.get(name, [])
+        if beside:
+            taps = [*taps, *beside]
+            if len({(len(tap.shape), *(tap.shape[self._axis(tap)] for _ in tap.shape[:1])) for tap in taps}) > 1:
+                raise InputError(
+                    f"{name!r} stands for several tensors that relevance passes through, with no channels in common: "
+                    f"{', '.join(dict.fromkeys(str(tap.shape) for tap in taps))}. Name one by its number, "
+                    f"{name + ':0'!r} or {name + ':1'!r}."
+                )
+        return taps
 
     def _axis(self, tap: Tap) -> int:
         return channel_axis(self.graph, tap.edge, tap.shape) if tap.axis is None else tap.axis
@@ -318,9 +340,11 @@ class Run:
         return self._plan(self.structure)
 
     def _keep(self) -> tuple[Edge, ...]:
-        """Edges whose relevance is wanted."""
+        """Edges whose relevance is wanted, or masked."""
         tapped = (None if tap is None else tap.edge for taps in self.taps.values() for tap in taps)
-        return tuple(dict.fromkeys(e for e in (*self.sources(), *tapped, *self.leaves.values()) if e is not None))
+        masked = (edge for masks in self.conditions for edge in masks)
+        edges = (*self.sources(), *tapped, *masked, *self.leaves.values())
+        return tuple(dict.fromkeys(edge for edge in edges if edge is not None))
 
     def settle(self, masks: Mapping[Edge, Tensor], check: bool = False, release: bool = False) -> Settled:
         """The rule of every operation and the keeper of every promise, without touching data."""

@@ -121,11 +121,13 @@ class _Kept:
 
 
 @contextmanager
-def same_state(buffers: Sequence[Buffer], allow_training: bool, again: Callable[[], object]) -> Iterator[State]:
+def same_state(
+    buffers: Sequence[Buffer], allow_training: bool, again: Callable[[], object] | None = None
+) -> Iterator[State]:
     """Put buffers and random states back. A forward that draws random numbers is an error unless that is allowed.
 
     Other threads draw from the same generators, and what they drew stays drawn. So where there are such and a state
-    changed, ``again`` repeats the forward pass under observation.
+    changed, ``again`` repeats the forward pass under observation; without it, all draws count as this thread's.
     """
     before, only, kept, state = [(source, source.get()) for source in sources()], alone(), _Kept(buffers), State()
     drawn = False
@@ -134,7 +136,7 @@ def same_state(buffers: Sequence[Buffer], allow_training: bool, again: Callable[
     finally:
         changed = {source: value for source, value in before if not source.same(value, source.get())}
         keep = state.keep and allow_training
-        if changed and not only and not keep:
+        if changed and again is not None and not only and not keep:
             now = _Kept(buffers)
             draws = Draws(changed, again)
             now.put_back(allow_training)

@@ -32,7 +32,7 @@ def comes_from(module: str) -> dict[str, Any]:
     return {"facts": facts, "blocked": blocked}
 
 
-# What PyTorch puts around a module.
+# What is put around a module: by PyTorch, and by the capture of a module's output.
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Untouched(VJP):
 for _name, _module in (
     ("BackwardHookFunctionBackward", "torch.nn.modules._functions"),  # full backward hooks
     ("_DDPSinkBackward", "torch.nn.parallel.distributed"),  # DistributedDataParallel, where it looks for unused weights
+    ("ModuleOutputBackward", "dynlrp.capture"),
 ):
     linear_operation(
         _name,

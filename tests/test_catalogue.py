@@ -38,6 +38,7 @@ OUTSIDE = {
     "MatMul8bitFpBackward",
     "MatMul8bitLtBackward",
     "submodule",  # calls of modules
+    "ModuleOutputBackward",  # what modules return
     "BackwardHookFunctionBackward",  # Functions of torch.nn and torch.utils
     "CheckpointFunctionBackward",
     "_DDPSinkBackward",

@@ -250,3 +250,165 @@ def test_a_condition_where_no_relevance_passes_is_refused() -> None:
         explain(Aside(), torch.randn(1, 3), 0, condition={"unused": [0]})
     with pytest.raises(InputError, match="2 targets do not pair with 3 conditions"):
         explain_many(NET, X, [0, 1], conditions=[{}, {}, {}])
+
+
+class Times(nn.Module):
+    """A module whose output is a tensor of its own in any case."""
+
+    def forward(self, x: Any) -> Any:
+        return x * 1.0
+
+
+class Both(nn.Module):
+    """Returns what it was given beside something that it made."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x.detach()
+
+
+class Shortcut(nn.Module):
+    def __init__(self, shortcut: nn.Module, inplace: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.shortcut, self.inplace = shortcut, inplace
+        self.seen: list[Tensor] = []
+        peers.randomise(self, 3)
+        shortcut.register_forward_hook(lambda module, args, output: self.seen.append(output))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        beside = self.second(h).relu()
+        passed = self.shortcut(h)
+        passed = passed[0] if isinstance(passed, tuple) else passed
+        if self.inplace:
+            passed += beside
+            return self.head(passed.relu_())
+        return self.head((passed + beside).relu())
+
+
+SHORTCUTS = {
+    "identity": nn.Identity,
+    "empty": nn.Sequential,
+    "dropout": lambda: nn.Dropout(0.5).eval(),
+    "flatten": nn.Flatten,
+    "nested": lambda: nn.Sequential(nn.Identity(), nn.Sequential()),
+    "tuple": Both,
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("composite", ["attnlrp", "epsilon_plus", "dynamiclrp"])
+@pytest.mark.parametrize("kind", SHORTCUTS)
+def test_a_module_that_returns_what_it_was_given(kind: str, composite: str, inplace: bool) -> None:
+    """Its output is what goes through it, not all that uses the tensor."""
+    x = oracle.draw(1, 2, 3)
+    model, apart = (Shortcut(m, inplace).double() for m in (SHORTCUTS[kind](), Times()))  # type: ignore[operator]
+    options: dict[str, Any] = {"composite": composite, "layers": ["shortcut", "shortcut:input", "second"]}
+    for condition in (None, {"shortcut": [1, 2]}, {"shortcut": 0, "second": 3}):
+        found, expected = (explain(m, x, 1, condition=condition, **options) for m in (model, apart))
+        same(found, expected, 1e-12)
+        assert torch.equal(found.value, model(x)[:, 1])
+        for name, layer in expected.layers.items():
+            close(found.layers[name], layer, 1e-12)
+        if condition is None:
+            assert not torch.allclose(found.layers["shortcut"], found.layers["shortcut:input"])
+    assert all(type(output) is type(model.seen[-1]) for output in model.seen)
+
+
+def test_a_module_that_returns_a_parameter() -> None:
+    class Prompt(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4))
+
+        def forward(self) -> Tensor:
+            return self.weight
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prompt, self.head = Prompt(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x * self.prompt() + self.prompt.weight)
+
+    model = peers.randomise(Net(), 2).double()
+    x = oracle.draw(1, 2, 4)
+    explanation = explain(
+        model, x, 1, composite="attnlrp", layers="prompt", parameters="prompt.*", condition={"prompt": 2}
+    )
+    assert explanation.ledger.closes
+    w, m = model.prompt.weight.detach(), model.head.weight.detach()[1]  # type: ignore[union-attr]
+    only = torch.zeros(4).double().index_fill_(0, torch.tensor([2]), 1.0)
+    close(explanation.parameters["prompt.weight"], w * m * len(x) + only * (x * w * m).sum(0), 1e-12)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.Module], used: str) -> None:
+        super().__init__()
+        self.cell, self.used = kind(3, 4, batch_first=True), used
+        self.states, self.last = Times(), Times()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, last = self.cell(x)
+        last = last[0] if isinstance(last, tuple) else last
+        states, last = self.states(states), self.last(last)
+        return self.head((states.mean(1) if "states" in self.used else 0) + (last[-1] if "last" in self.used else 0))
+
+
+@pytest.mark.parametrize("composite", ["attnlrp", "epsilon"])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_all_that_a_module_returns_is_conditioned(kind: type[nn.Module], composite: str) -> None:
+    x = oracle.draw(1, 2, 3, 3)
+    model = peers.randomise(Recurrent(kind, "states last"), 5).double()
+
+    def found(**condition: Any) -> Any:
+        return explain(
+            model, x, 1, composite=composite, condition={k.replace("_", ":"): v for k, v in condition.items()}
+        )
+
+    same(found(cell=[1, 3]), found(states=[1, 3], last=[1, 3]), 1e-12)
+    same(found(cell_0=[1, 3]), found(states=[1, 3]), 1e-12)
+    same(found(cell_1=[1, 3]), found(last=[1, 3]), 1e-12)
+    assert not torch.allclose(found(cell=1).relevance, found(cell_0=1).relevance)
+    layers = explain(model, x, 1, composite=composite, layers=["cell", "cell:0", "cell:1", "states", "last"]).layers
+    close(layers["cell"], layers["states"])
+    close(layers["cell:0"], layers["states"])
+    close(layers["cell:1"], layers["last"])
+    one = peers.randomise(Recurrent(kind, "last"), 5).double()
+    same(*(explain(one, x, 1, composite=composite, condition={name: [1, 3]}) for name in ("cell", "last")), 1e-12)
+    with pytest.raises(InputError, match="there is no 'cell:7'"):
+        explain(model, x, 1, layers="cell:7")
+
+
+def test_outputs_with_no_channels_in_common_must_be_named() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project, self.mix = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            weights = (self.project(x) @ y.mT).softmax(-1)
+            return self.mix(weights @ x), weights.unsqueeze(1)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = Attention(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mixed, weights = self.attention(x * 1.5, y=x * 2)
+            return self.head(mixed).mean(1) + weights[..., 1:].mean((1, 2, 3))[:, None]
+
+    model, x = peers.randomise(Net(), 1).double(), oracle.draw(1, 2, 3, 4)
+    with pytest.raises(InputError, match=r"no channels in common: \(2, 3, 4\), \(2, 1, 3, 3\).*'attention:0' or"):
+        explain(model, x, 1, condition={"attention": [0]})
+    named = explain(model, x, 1, condition={"attention:0": [0], "attention:1": Part([1, 2], axis=-1)})
+    only = explain(model, x, 1, condition={"attention:0": [0]})
+    same(named, only, 1e-12)  # nothing passes the weights' first column
+    assert named.ledger.closes
+    both = explain(model, x, 1, condition={"attention:input": [1]})
+    same(both, explain(model, x, 1, condition={"attention:input:0": [1], "attention:input:1": [1]}))
+    first = explain(model, x, 1, condition={"attention:input:0": [1]})
+    assert not torch.allclose(first.relevance, both.relevance)

@@ -15,9 +15,9 @@ from dynlrp.allocation.calibration import Calibration
 from dynlrp.allocation.divergence import Divergence
 from dynlrp.allocation.layers import Layer
 from dynlrp.allocation.quantizer import Quantizer
-from dynlrp.capture import same_state, survey
 from dynlrp.errors import InputError
 from dynlrp.inputs import call
+from dynlrp.state import same_state, survey
 from dynlrp.target import find_output
 
 DEFAULT = "relevance"
@@ -55,9 +55,13 @@ class Task:
     def run(self, batch: Any) -> Tensor:
         """The output of the model."""
         _, buffers = survey(self.model, allow_training=False)
-        with same_state(buffers, allow_training=False):
+
+        def run() -> Tensor:
             given = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
             return find_output(call(self.model, given), self.output)  # which may change what it is given
+
+        with same_state(buffers, allow_training=False, again=run):
+            return run()
 
 
 Function = Callable[[Task], Iterator[Tensor]]
