@@ -1,5 +1,8 @@
 """Mixed-precision quantization: how many bits every layer gets."""
 
+import dynlrp.allocation.activations
+import dynlrp.allocation.gradients
+import dynlrp.allocation.measured
 import dynlrp.allocation.relevance
 import dynlrp.allocation.weights  # noqa: F401  (they enter their scores)
 from dynlrp.allocation.allocation import Allocation, Row, allocate

@@ -25,6 +25,7 @@ from dynlrp.allocation.scores import DEFAULT, Scores, Task, measure
 from dynlrp.allocation.solver import check, solve
 from dynlrp.composite import Composite
 from dynlrp.errors import InputError
+from dynlrp.options import OnUnknown
 from dynlrp.target import Target
 
 
@@ -175,6 +176,7 @@ def allocate(
     composite: str | Composite = "auto",
     divergence: Divergence | Kind = "softmax",
     output: str | int | None = None,
+    on_unknown: OnUnknown = "error",
     batch_size: int = 8,
     samples: int | None = None,
     seed: int = 0,
@@ -200,8 +202,8 @@ def allocate(
         pinned: bits by name or glob; None for a layer that stays as it is.
         layers: names or globs of the layers that take part; by default all that can be quantized.
         quantizer: how weights are rounded; by default :class:`Quantizer`'s defaults.
-        target, composite, output: what is explained and by which rules, as in :func:`dynlrp.explain`, for scores by
-            relevance.
+        target, composite, output, on_unknown: what is explained and by which rules, as in :func:`dynlrp.explain`, for
+            scores by relevance.
         divergence: what it means for the output to change, for scores that ask that: a :class:`Divergence` or its kind.
         batch_size: samples of a batch, where the calibration is not in batches already.
         samples: use so many at most.
@@ -230,6 +232,7 @@ def allocate(
         quantizer or Quantizer(),
         target,
         composite,
+        on_unknown,
         Divergence(divergence) if isinstance(divergence, str) else divergence,
         output,
         seed,

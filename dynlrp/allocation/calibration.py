@@ -52,7 +52,7 @@ class Calibration:
                 batch = tuple(batch[:takes])
             size = batch_size(batch)
             if left is not None and size > left:
-                batch, size = _cut(batch, size, slice(left)), left
+                batch, size = cut(batch, size, slice(left)), left
             yield pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
             left = None if left is None else left - size
             if left == 0:
@@ -78,7 +78,7 @@ class Calibration:
         whole = as_dicts(self.data)
         size = batch_size(whole)
         for first in range(0, size, self.batch_size):
-            yield _cut(whole, size, slice(first, first + self.batch_size))
+            yield cut(whole, size, slice(first, first + self.batch_size))
 
 
 def batch_size(inputs: Any) -> int:
@@ -94,7 +94,7 @@ def _is_one(data: Any) -> bool:
     return isinstance(data, Tensor | Mapping | tuple)
 
 
-def _cut(inputs: Any, size: int, part: slice) -> Any:
+def cut(inputs: Any, size: int, part: slice) -> Any:
     """Some samples of all tensors that have ``size`` of them."""
 
     def some(leaf: Any) -> Any:

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dynlrp.errors import InputError
@@ -46,6 +48,17 @@ class Layer:
     def weights(self) -> int:
         """How many numbers the weight holds."""
         return self.weight.numel()
+
+    def linear(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        """What one of the modules makes of an input with another weight and no bias."""
+        if isinstance(module, _ConvNd):
+            convolved: Tensor = module._conv_forward(x, weight, None)
+            return convolved
+        return x @ weight if self.output_axis else F.linear(x, weight)
+
+    def input_axis(self, ndim: int) -> int:
+        """The axis that counts input channels in an input of ``ndim`` dimensions."""
+        return ndim - 1 - (self.weight.ndim - 2 if isinstance(self.module, _ConvNd) else 0)
 
     @property
     def output_axis(self) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynlrp.allocation.calibration import batch_size
+from dynlrp.allocation.calibration import batch_size, cut
+from dynlrp.allocation.observe import kept, watching
+from dynlrp.allocation.samples import by_sample
 from dynlrp.allocation.scores import Task, score
-from dynlrp.errors import InputError
 from dynlrp.explain import explain
 from dynlrp.explanation import Explanation
 
@@ -31,10 +33,38 @@ def absolute_relevance(task: Task) -> Iterator[Tensor]:
         yield torch.stack([_per_sample(explanation, layer.modules, size, True) for layer in task.layers.values()], 1)
 
 
+@score("gradient_x_input", noise="relative")
+def gradient_x_input(task: Task) -> Iterator[Tensor]:
+    """``sum |g y|`` of a layer's output ``y``, with ``g`` the gradient of what is explained."""
+    return absolute_relevance(replace(task, composite="gradient_x_input"))
+
+
+@score("parameter_relevance", noise="relative")
+def parameter_relevance(task: Task) -> Iterator[Tensor]:
+    """``sum |R|`` of a layer's weights. What parameters have of a batch is a sum over it, so that samples go one by
+    one."""
+    names = [f"{name}.weight".lstrip(".") for name in task.layers]
+    for batch in task.batches():
+        size, rows = batch_size(batch), []
+        for number in range(size):
+            one = cut(batch, size, slice(number, number + 1))
+            explanation = explain(
+                task.model, one, task.target, composite=task.composite, parameters=names, output=task.output,
+                on_unknown=task.on_unknown,
+            )  # fmt: skip
+            found = [explanation.parameters[name] for name in names]
+            rows.append([0.0 if r is None else float(r.abs().sum()) for r in found])
+        yield torch.tensor(rows, dtype=torch.float64)
+
+
 def _explained(task: Task) -> Iterator[tuple[Explanation, int]]:
     names = [name for layer in task.layers.values() for name in layer.modules]
     for batch in task.batches():
-        found = explain(task.model, batch, task.target, composite=task.composite, layers=names, output=task.output)
+        with watching(task.layers, kept):
+            found = explain(
+                task.model, batch, task.target, composite=task.composite, layers=names, output=task.output,
+                on_unknown=task.on_unknown,
+            )  # fmt: skip
         yield found, batch_size(batch)
 
 
@@ -48,14 +78,3 @@ def _per_sample(explanation: Explanation, names: Any, size: int, absolute: bool)
                 found = call.detach().to("cpu", torch.float64)
                 total += by_sample(found.abs() if absolute else found, size, name).sum(1)
     return total
-
-
-def by_sample(tensor: Tensor, size: int, name: str) -> Tensor:
-    """A layer's tensor as ``(samples, numbers)``: samples lie along its first dimension, maybe each in several
-    windows."""
-    if tensor.ndim == 0 or len(tensor) % size:
-        raise InputError(
-            f"layer {name!r} gives a tensor of shape {tuple(tensor.shape)}, whose first dimension is not that of "
-            f"{size} samples: use batches of one sample"
-        )
-    return tensor.reshape(size, -1)

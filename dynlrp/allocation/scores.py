@@ -15,10 +15,12 @@ from dynlrp.allocation.calibration import Calibration
 from dynlrp.allocation.divergence import Divergence
 from dynlrp.allocation.layers import Layer
 from dynlrp.allocation.quantizer import Quantizer
+from dynlrp.composite import Composite
 from dynlrp.errors import InputError
 from dynlrp.inputs import call
+from dynlrp.options import OnUnknown
 from dynlrp.state import same_state, survey
-from dynlrp.target import find_output
+from dynlrp.target import Target, find_output
 
 DEFAULT = "relevance"
 """The score that is taken where none is named."""
@@ -37,10 +39,12 @@ class Task:
     calibration: Calibration
     candidates: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     quantizer: Quantizer = field(default_factory=Quantizer)
-    target: Any = None
+    target: Target = None
     """What of the output is explained, for scores by relevance: as in :func:`dynlrp.explain`."""
-    composite: Any = "auto"
+    composite: str | Composite = "auto"
     """By which rules."""
+    on_unknown: OnUnknown = "error"
+    """What becomes of operations without a rule, as in :func:`dynlrp.explain`."""
     divergence: Divergence = field(default_factory=Divergence)
     """What it means for the output to change, for scores that ask that."""
     output: str | int | None = None

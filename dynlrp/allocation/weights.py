@@ -17,8 +17,8 @@ def weight_mse(task: Task) -> Iterator[Tensor]:
     yield _each(task, lambda layer, bits: task.quantizer.noise(layer, bits) / layer.weights)
 
 
-@score("z_score", noise="relative")
-def z_score(task: Task) -> Iterator[Tensor]:
+@score("zd", noise="relative")
+def zd(task: Task) -> Iterator[Tensor]:
     """The share of weights more than one standard deviation above the mean: ZD of Dumitru et al. (2024)."""
     found = []
     for layer in task.layers.values():
