@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "Steps", "Table", "Tokens", "balances", "colours", "heatmap", "matrix", "save", "series", "tokens_figure",
+    "Steps", "Table", "Tokens", "balances", "bits", "colours", "heatmap", "matrix", "save", "series", "tokens_figure",
     "tokens_html",
 ]  # fmt: skip
 
@@ -379,6 +379,48 @@ def balances(
                 loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=len(ended), fontsize=8, frameon=False,
                 handlelength=1, columnspacing=1.1, handletextpad=0.4, borderpad=0.2, labelcolor=_QUIET,
             )  # fmt: skip
+    return figure
+
+
+def bits(
+    names: Sequence[str],
+    widths: Sequence[int],
+    scores: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    *,
+    title: str | None = None,
+    label: str = "score",
+) -> Figure:
+    """The bits of every layer, and the score that they were given for, as horizontal bars.
+
+    Args:
+        names: N layers, from top to bottom; where there is no room for all, some are left out.
+        widths: N numbers of bits.
+        scores: N scores, and the bounds of their confidence intervals in ``low`` and ``high``.
+        label: what the score is.
+    """
+    if {len(widths), len(scores), len(low), len(high)} != {len(names)} or not names:
+        raise ValueError(f"{len(names)} names need as many bits, scores and bounds")
+    sizes = _array(scores, "scores")
+    reach = np.abs(np.stack([sizes - _array(low, "low"), _array(high, "high") - sizes]))
+    line, foot = min(0.24, max(20 / len(names), 0.012)), 0.45
+    left = 0.35 + 0.075 * max(map(len, names))
+    figure = _figure(left + 8.2, line * len(names) + foot + 0.4, title)
+    step, rows = math.ceil(0.13 / line), np.arange(len(names))
+    for place, (text, numbers) in enumerate({"bits": np.asarray(widths, float), label: sizes}.items()):
+        axes = _axes(figure, left + place * 4.1, foot, 3.9, line * len(names))
+        axes.set(ylim=(len(names) - 0.5, -0.5), yticks=rows[::step])
+        axes.set_yticklabels([] if place else names[::step], parse_math=False)
+        axes.set_title(text, size=9.5, loc="left", color=_QUIET, parse_math=False)
+        axes.grid(axis="x", color=_RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.locator_params(axis="x", nbins=6)
+        bars = axes.barh(rows, numbers, height=0.62, color=_PALETTE[0] if place else "#9bb4d6")
+        if place:
+            axes.errorbar(numbers, rows, xerr=reach, fmt="none", ecolor=_INK, elinewidth=0.8)
+        elif step == 1:
+            axes.bar_label(bars, [str(width) for width in widths], padding=3, size=8, color=_QUIET)
     return figure
 
 

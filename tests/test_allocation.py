@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynlrp import Allocation, Budget, BudgetError, InputError, TrainingModeError, allocate
+from dynlrp import Allocation, Budget, BudgetError, InputError, TrainingModeError, allocate, plot
 from dynlrp.allocation import SCORES, Calibration, Quantizer, Scores, Task, find_layers, measure, score
 from dynlrp.allocation.noise import costs
 from tests.test_state import unchanged
@@ -168,6 +168,22 @@ def test_apply_rounds_a_copy(net: Net) -> None:
     for name, layer in find_layers(applied).items():
         assert torch.equal(layer.weight, Quantizer().round(find_layers(net)[name], found.bits[name]))
     assert not torch.equal(applied(X), net(X))
+
+
+def test_plot(net: Net) -> None:
+    found = allocate(net, X, 7)
+    figure = found.plot("Net")
+    left, right = figure.axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["stem", "query", "key", "value", "head"]
+    assert [bar.get_width() for bar in left.patches] == list(found.bits.values())
+    assert [bar.get_width() for bar in right.patches] == [row.score for row in found.table]
+    assert right.get_title(loc="left") == "relevance"
+    ends = [segment[:, 0].tolist() for segment in right.collections[0].get_segments()]
+    assert ends == [pytest.approx([row.low, row.high]) for row in found.table]
+    many = plot.bits([f"layer {n}" for n in range(1000)], [4] * 1000, *[[0.5] * 1000] * 3)
+    assert many.get_size_inches()[1] < 25
+    with pytest.raises(ValueError, match="2 names need"):
+        plot.bits(["a", "b"], [4], [1], [1], [1])
 
 
 def test_save_and_load(net: Net, tmp_path: Path) -> None:

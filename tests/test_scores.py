@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dynlrp import InputError, NoPathError, allocate, explain
 from dynlrp.allocation import SCORES, Calibration, Divergence, Layer, Quantizer, Task, find_layers, measure
+from dynlrp.allocation.noise import costs, noise
 from tests.conftest import bias_free, close
 from tests.peers import models as peers
 
@@ -378,6 +379,51 @@ def test_weight_scores_by_hand() -> None:
         assert share == pytest.approx(sum((w - mean) / deviation > 1 for w in numbers) / len(numbers))
     (same,) = raw(of, "uniform")
     close(same, each(of, lambda layer, bits: layer.weights / 4**bits).double(), 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["net", "words"])
+def test_output_noise_by_hand(kind: str) -> None:
+    of = task(kind)
+    given: dict[str, list[tuple[nn.Module, Tensor]]] = {name: [] for name in of.layers}
+    for name, layer in of.layers.items():
+        for module in layer.modules.values():
+            module.register_forward_hook(lambda m, args, out, kept=given[name]: kept.append((m, args[0].clone())))
+    for inputs in singles(of):
+        call(of.model, inputs)
+
+    def relative(layer: Layer, bits: int) -> float:
+        noise = size = 0.0
+        for module, x in given[layer.name]:
+            plain, rounded = copy.deepcopy(module), copy.deepcopy(module)
+            plain._forward_hooks.clear()
+            rounded._forward_hooks.clear()
+            rounded.weight.data = of.quantizer.round(layer, bits)
+            y = plain(x)
+            noise += float((rounded(x) - y).detach().square().sum())
+            plain.bias.data.zero_()
+            size += float(plain(x).detach().square().sum())
+        return noise / size
+
+    close(noise("output", of), each(of, relative).double(), 1e-6)  # collected as float32
+
+
+def test_noise_can_be_chosen() -> None:
+    of = task("words")
+    for kind in ("relative", "absolute", "output"):
+        scores = measure(of, "random", noise=kind)  # type: ignore[arg-type]
+        close(costs(scores, of), scores.mean[:, None] * noise(kind, of))  # type: ignore[arg-type]
+    ratio = noise("absolute", of)[0] / noise("relative", of)[0]
+    close(ratio, of.layers["inner"].weight.detach().square().sum().expand(3))
+    with pytest.raises(InputError, match="a cost of b bits already"):
+        measure(of, "weight_mse", noise="relative")
+    with pytest.raises(InputError, match="'random' is no cost"):
+        measure(of, "random", noise="none")
+    with pytest.raises(InputError, match="noise is one of relative"):
+        measure(of, "random", noise="loud")  # type: ignore[arg-type]
+    zero = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).eval()
+    zero[0].weight.data.zero_()
+    for kind in ("relative", "output"):
+        assert allocate(zero, torch.randn(4, 3), 15, score="random", noise=kind).costs[0].tolist() == [0] * 6
 
 
 def test_random_depends_on_the_seed_alone() -> None:

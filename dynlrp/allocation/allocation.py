@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +21,15 @@ from dynlrp.allocation.groups import Groups, make_groups, make_pins, pin_groups
 from dynlrp.allocation.layers import Layer, find_layers
 from dynlrp.allocation.noise import costs
 from dynlrp.allocation.quantizer import WIDTHS, Quantizer
-from dynlrp.allocation.scores import DEFAULT, Scores, Task, measure
+from dynlrp.allocation.scores import DEFAULT, Noise, Scores, Task, measure
 from dynlrp.allocation.solver import check, solve
 from dynlrp.composite import Composite
 from dynlrp.errors import InputError
 from dynlrp.options import OnUnknown
 from dynlrp.target import Target
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Row(NamedTuple):
@@ -136,6 +139,15 @@ class Allocation:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is no allocation that save() wrote: {error}") from error
 
+    def plot(self, title: str | None = None) -> Figure:
+        """Bits and score of every layer, as a matplotlib figure (needs ``dynlrp[plot]``)."""
+        from dynlrp import plot
+
+        names, widths, _, *scores, _ = zip(*self.table, strict=True)
+        label = self.scores.name.replace("_", " ")
+        figure: Figure = plot.bits(names, widths, *scores, title=title, label=label)
+        return figure
+
     def _model(self, model: nn.Module | None) -> nn.Module:
         found = model if model is not None else self.model
         if found is None:
@@ -168,6 +180,7 @@ def allocate(
     candidates: Iterable[int] = (2, 3, 4, 5, 6, 8),
     *,
     score: str = DEFAULT,
+    noise: Noise | None = None,
     groups: Groups = (),
     pinned: Mapping[str, int | None] | None = None,
     layers: str | Iterable[str] = "*",
@@ -197,6 +210,8 @@ def allocate(
         budget: average bits per weight, scales and zero points counted, or a :class:`Budget`.
         candidates: bits that a layer may get, 2 to 8.
         score: a name in ``dynlrp.allocation.SCORES``.
+        noise: what a sensitivity is multiplied with, ``relative``, ``absolute`` or ``output``; by default what
+            the score is meant for.
         groups: names or globs of layers that must share bits, as in ``[("*.query", "*.key", "*.value")]``: where the
             stars stand for the same text, layers share.
         pinned: bits by name or glob; None for a layer that stays as it is.
@@ -243,7 +258,7 @@ def allocate(
         [[bits in (widths if pin is None else (pin,)) for bits in task.candidates] for _, pin in grouped]
     )
     check(limits, allowed)  # before the time that scores take
-    scores = measure(task, score, progress)
+    scores = measure(task, score, progress, noise)
     cost = costs(scores, task)
     places = {name: place for place, name in enumerate(task.layers)}
     merged = np.stack([cost[[places[name] for name in names]].sum(0).numpy() for names, _ in grouped])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +20,16 @@ from dynlrp.composite import Composite
 from dynlrp.errors import InputError
 from dynlrp.inputs import call
 from dynlrp.options import OnUnknown
-from dynlrp.state import same_state, survey
+from dynlrp.state import Buffer, same_state, survey
 from dynlrp.target import Target, find_output
 
 DEFAULT = "relevance"
 """The score that is taken where none is named."""
 
-Noise = Literal["relative", "absolute", "none"]
+Noise = Literal["relative", "absolute", "output", "none"]
 """What a layer's sensitivity is multiplied with to give the cost of b bits: ``relative``, ``||Q_b(W) - W||^2 /
-||W||^2``; ``absolute``, ``||Q_b(W) - W||^2``; ``none``, where the score is a cost of b bits itself."""
+||W||^2``; ``absolute``, ``||Q_b(W) - W||^2``; ``output``, ``||(Q_b(W) - W) x||^2 / ||W x||^2`` over the calibration;
+``none``, where the score is a cost of b bits itself."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,19 @@ class Task:
         """The inputs of the model."""
         return self.calibration.batches(self.model)
 
+    @cached_property
+    def buffers(self) -> list[Buffer]:
+        """Those of the model, which no run changes."""
+        return survey(self.model, allow_training=False)[1]
+
     def run(self, batch: Any) -> Tensor:
         """The output of the model."""
-        _, buffers = survey(self.model, allow_training=False)
 
         def run() -> Tensor:
             given = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
             return find_output(call(self.model, given), self.output)  # which may change what it is given
 
-        with same_state(buffers, allow_training=False, again=run):
+        with same_state(self.buffers, allow_training=False, again=run):
             return run()
 
 
@@ -148,16 +154,27 @@ def find_score(name: str) -> Score:
     return SCORES[name]
 
 
-def measure(task: Task, name: str = DEFAULT, progress: Callable[[int], object] = lambda samples: None) -> Scores:
+def measure(
+    task: Task,
+    name: str = DEFAULT,
+    progress: Callable[[int], object] = lambda samples: None,
+    noise: Noise | None = None,
+) -> Scores:
     """Ask a score about the layers of a model, which stays as it is.
 
     Args:
         progress: called with the number of samples that each batch held.
+        noise: another than the score is meant for.
     """
     entry = find_score(name)
-    _, buffers = survey(task.model, allow_training=False)
+    if noise is not None:
+        if noise not in get_args(Noise):
+            raise InputError(f"noise is one of {', '.join(get_args(Noise))}, not {noise!r}")
+        if "none" in (noise, entry.noise) and noise != entry.noise:
+            raise InputError(f"score {name!r} is {'a cost of b bits already' if entry.noise == 'none' else 'no cost'}")
+        entry = replace(entry, noise=noise)
     moments = _Moments()
-    with torch.inference_mode(False), same_state(buffers, allow_training=True):  # a loader may shuffle
+    with torch.inference_mode(False):
         for row in entry.function(task):
             found = row.detach().to("cpu", torch.float64)
             _check(entry.name, found, task)
