@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -18,10 +18,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dynlrp._version import __version__
+from dynlrp.allocation.scores import DEFAULT
 from dynlrp.catalogue import CLASSES, Entry, catalogue, table_version, to_csv, to_dict
 from dynlrp.errors import DynLRPError, described
 
 if TYPE_CHECKING:
+    from dynlrp.allocation import Allocation
     from dynlrp.coverage import Coverage
     from dynlrp.survey import Task
 
@@ -270,6 +272,143 @@ def graph(
         drawn = export.graph_of(entry, composite)
         export.write(out, drawn, title=entry.title or entry.name, depth=depth)
     typer.echo(f"written: {out} ({len(drawn)} nodes, {drawn.number_of_edges()} edges)", err=True)
+
+
+@app.command()
+def allocate(
+    model: Annotated[
+        str,
+        typer.Argument(help="A folder of transformers with weights, or package.module:attribute.", show_default=False),
+    ],
+    calibration: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A .npy, .npz, .parquet or .txt file, images, or a folder of images; several are joined.",
+            show_default=False,
+        ),
+    ],
+    budget: Annotated[
+        float | None, typer.Option(help="Average bits of a weight, with scales; 4 where no limit is given.")
+    ] = None,
+    size: Annotated[float | None, typer.Option(help="MiB of the whole model.")] = None,
+    bitops: Annotated[float | None, typer.Option(help="Operations on bits for one sample, in units of 10^9.")] = None,
+    candidates: Annotated[str, typer.Option(help="Bits that a layer may get.")] = "2,3,4,5,6,8",
+    score: Annotated[str, typer.Option(help="What decides: a name in dynlrp.allocation.SCORES.")] = DEFAULT,
+    group: Annotated[
+        list[str] | None, typer.Option(help="Layers that share bits, as in '*.query,*.key,*.value'; may be repeated.")
+    ] = None,
+    pin: Annotated[
+        list[str] | None, typer.Option(help="Bits of a layer, as in head=8, or head=keep; may be repeated.")
+    ] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Quantize with zero points.")] = False,
+    group_size: Annotated[int | None, typer.Option(min=1, help="Inputs that share a scale; by default all.")] = None,
+    divergence: Annotated[
+        str, typer.Option(help="What a change of the output is: softmax, sigmoid, cosine or squared.")
+    ] = "softmax",
+    target: Annotated[int | None, typer.Option(help="Output to explain; by default the largest.")] = None,
+    composite: CompositeName = "auto",
+    samples: Annotated[int | None, typer.Option(min=1, help="Use so many of the calibration.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 8,
+    image_size: Annotated[int, typer.Option(min=1, help="Height and width of images.")] = 224,
+    mean: Annotated[str, typer.Option(help="What is subtracted from colours in 0..1.")] = "0.485,0.456,0.406",
+    std: Annotated[str, typer.Option(help="What they are divided by.")] = "0.229,0.224,0.225",
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a text.")] = 128,
+    out: Annotated[list[Path] | None, typer.Option("-o", "--out", help="Write .json or .png; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Bits by layer, as JSON.")] = False,
+) -> None:
+    """Decide how many bits the weights of every layer get, within a budget."""
+    from dynlrp import allocation
+    from dynlrp.allocation import sources
+
+    for path in out or ():
+        if path.suffix not in (".json", ".png"):
+            raise typer.BadParameter(f"{path} ends in neither .json nor .png", param_hint="--out")
+    if budget is size is bitops is None:
+        budget = 4.0
+    preparation = sources.Preparation(
+        image_size,
+        _numbers(mean, "--mean", float),
+        _numbers(std, "--std", float),
+        Path(model) if Path(model).is_dir() else None,
+        length,
+    )
+    pins, widths = _pins(pin or ()), _numbers(candidates, "--candidates", int)
+    with _errors(model), Progress(console=Console(stderr=True), transient=True) as progress:
+        net = sources.load_model(model)
+        data = sources.load_calibration(calibration, preparation)
+        bar = progress.add_task(escape(score), total=len(allocation.Calibration(data, batch, samples)))
+        found = allocation.allocate(
+            net,
+            data,
+            allocation.Budget(budget, size and size * 2**20, bitops and bitops * 1e9),
+            widths,
+            score=score,
+            groups=[names.split(",") for names in group or ()],
+            pinned=pins,
+            quantizer=allocation.Quantizer(not asymmetric, group_size),
+            divergence=divergence,  # type: ignore[arg-type]  # it is checked there
+            target=target,
+            composite=composite,
+            batch_size=batch,
+            samples=samples,
+            progress=lambda count: progress.advance(bar, count),
+        )
+        for path in out or ():
+            if path.suffix == ".json":
+                found.save(path)
+            else:
+                found.plot(model).savefig(path)
+    if as_json:
+        typer.echo(json.dumps(found.bits, indent=1))
+    else:
+        _print_allocation(found)
+    for path in out or ():
+        typer.echo(f"written: {path}", err=True)
+
+
+def _print_allocation(found: Allocation) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading, side in {"layer": "left", "weights": "right", "bits": "right", "": "left", "score": "right"}.items():
+        table.add_column(heading, justify=side, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("95 % interval", justify="right")
+    for row in found.table:
+        bounds = f"{row.low:.3g} .. {row.high:.3g}" if row.low < row.high else ""
+        table.add_row(
+            escape(row.layer),
+            f"{row.weights:,}",
+            str(row.bits),
+            "\N{FULL BLOCK}" * row.bits,
+            f"{row.score:.3g}",
+            bounds,
+        )
+    solver = found.provenance["solver"]
+    total = Table(box=None, pad_edge=False, show_header=False)
+    total.add_row(
+        f"{found.average_bits:.3f} bits for each weight, {found.size / 2**20:.4g} MiB in all; score "
+        f"{found.scores.name}, {found.scores.count} samples; solution: {solver['method']}."
+    )
+    _show(table, total)
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _numbers(text: str, option: str, kind: Callable[[str], Number]) -> list[Number]:
+    try:
+        return [kind(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of numbers such as 1,2,3", param_hint=option) from None
+
+
+def _pins(texts: Sequence[str]) -> dict[str, int | None]:
+    """Bits by name, from texts such as ``head=8``."""
+    pins: dict[str, int | None] = {}
+    for text in texts:
+        name, equals, bits = text.rpartition("=")
+        if not equals or not (bits == "keep" or bits.isdecimal()):
+            raise typer.BadParameter(f"{text!r} is not like head=8 or head=keep", param_hint="--pin")
+        pins[name] = None if bits == "keep" else int(bits)
+    return pins
 
 
 def _sizes(shape: str) -> tuple[int, ...] | None:

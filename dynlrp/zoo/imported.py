@@ -22,9 +22,26 @@ def entry(path: str, shape: tuple[int, ...] | None = None) -> Entry:
     The attribute is a module, or a class or function that gives one when called with nothing, alone or with inputs as
     ``(model, inputs)``. Nothing is imported before the model is built.
     """
+    _check(path)
+    return Entry(path, lambda: _example(path, shape), keeps=False)
+
+
+def build(path: str) -> tuple[nn.Module, Any]:
+    """The model at such a path, and the inputs that come with it; None where none do."""
+    _check(path)
+    made, inputs = _attribute(path), None
+    if not isinstance(made, nn.Module | tuple) and callable(made):
+        made = made()
+    if isinstance(made, tuple) and len(made) >= 2:
+        made, inputs = made[:2]
+    if not isinstance(made, nn.Module):
+        raise ZooError(f"{path!r} gives {type(made).__name__}, not an nn.Module or (module, inputs)")
+    return made, inputs
+
+
+def _check(path: str) -> None:
     if not FORM.fullmatch(path):
         raise ZooError(f"{path!r} is not package.module:attribute")
-    return Entry(path, lambda: _example(path, _attribute(path), shape), keeps=False)
 
 
 def _attribute(path: str) -> Any:
@@ -45,14 +62,8 @@ def _attribute(path: str) -> Any:
     return found
 
 
-def _example(path: str, made: Any, shape: tuple[int, ...] | None) -> Example:
-    if not isinstance(made, nn.Module | tuple) and callable(made):
-        made = made()
-    inputs = None
-    if isinstance(made, tuple) and len(made) >= 2:
-        made, inputs = made[:2]
-    if not isinstance(made, nn.Module):
-        raise ZooError(f"{path!r} gives {type(made).__name__}, not an nn.Module or (module, inputs)")
+def _example(path: str, shape: tuple[int, ...] | None) -> Example:
+    made, inputs = build(path)
     if inputs is None and hasattr(made, "config") and hasattr(made, "main_input_name"):
         return _transformer(made, shape)
     if shape is not None:
