@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,6 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dynlrp.composite import Composite, When, innermost
 from dynlrp.errors import InputError
 from dynlrp.places import ATTENTION, parse
+
+CHECKPOINT = "torch.utils.checkpoint"
+"""Where the saved-tensor hooks of checkpoints are from."""
 
 _saving: Callable[[], Any] = partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
 """The saved-tensor hooks that are set."""
@@ -301,25 +304,50 @@ def _owned(output: Any, start: int) -> Any:
     return output if all(map(operator.is_, owned, leaves)) else pytree.tree_unflatten(owned, spec)
 
 
+PRODUCTS = frozenset(
+    {
+        nn.functional.linear, nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d,
+        nn.functional.conv_transpose1d, nn.functional.conv_transpose2d, nn.functional.conv_transpose3d,
+    }
+)  # fmt: skip
+"""Functions whose second argument is a weight."""
+SUMMANDS: Mapping[Any, tuple[int | str, ...]] = {
+    **dict.fromkeys(PRODUCTS, (2, "bias")),
+    **dict.fromkeys((torch.addmm, Tensor.addmm, torch.addmv, torch.baddbmm), (0, "input")),
+    **dict.fromkeys(
+        (
+            torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, torch.sub, Tensor.sub,
+            Tensor.__sub__, Tensor.__rsub__, torch.cat, torch.stack,
+        ),
+        (0, 1, "other", "tensors"),
+    ),
+    # What these save does not depend on it.
+    **dict.fromkeys((nn.functional.layer_norm, nn.functional.group_norm), (2, 3, "weight", "bias")),
+    **dict.fromkeys((nn.functional.batch_norm, nn.functional.instance_norm), (3, 4, "weight", "bias")),
+    nn.functional.embedding: (1, "weight"),
+}  # fmt: skip
+"""Arguments that may require grad without that autograd saves more for it."""
+
+
 class Aliases(TorchFunctionMode):
     """Lets frozen parameters take part in the graph through stand-ins that share their memory.
 
     Biases, embeddings and class tokens must be seen to be booked and explained, whatever ``requires_grad`` says, and
     the parameters themselves are not touched. Weights of matrix products and convolutions stay frozen, so that autograd
     need not save their inputs, unless their own relevance is wanted.
+
+    A checkpoint runs its block again for whoever needs what it saved, and must then save as much. Where a graph is
+    ``attached``, that is the caller's own ``backward()``, which knows no stand-ins: there they are summands alone, for
+    which autograd saves nothing.
     """
 
-    _products = frozenset(
-        {
-            nn.functional.linear, nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d,
-            nn.functional.conv_transpose1d, nn.functional.conv_transpose2d, nn.functional.conv_transpose3d,
-        }
-    )  # fmt: skip
-
-    def __init__(self, parameters: Sequence[nn.Parameter], wanted: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], wanted: Mapping[str, nn.Parameter], attached: bool = False
+    ) -> None:
         super().__init__()
         self._stand_ins = {id(p): p.detach().requires_grad_() for p in parameters}
-        self._wanted = {id(p) for p in wanted}
+        self._wanted = {id(p): name for name, p in wanted.items()}
+        self._attached = attached
         self._hooks: Any = None
         self.reruns = False
         """Saved-tensor hooks were set inside: they may run parts of the model again, which needs the stand-ins too."""
@@ -335,21 +363,37 @@ class Aliases(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self.reruns and _saving() != self._hooks:
+        hooks = _saving()
+        if not self.reruns and hooks != self._hooks:
             self.reruns = True
         if getattr(func, "__name__", "") in ("__get__", "__set__") or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        first = 1 if func in self._products else None
+        summands = None
+        if self._attached and hooks is not None and hooks[0].__module__ == CHECKPOINT:
+            summands = SUMMANDS.get(func, ())
+        weight = 1 if func in PRODUCTS else None
 
-        def swap(position: int, value: Any) -> Any:
-            if id(value) in self._stand_ins and (position != first or id(value) in self._wanted):
-                return self._stand_ins[id(value)]
-            if isinstance(value, tuple | list) and any(id(v) in self._stand_ins for v in value):
-                return type(value)(self._stand_ins.get(id(v), v) for v in value)
+        def stand_in(place: int | str, value: Any) -> Any:
+            number = id(value)
+            if number not in self._stand_ins or (place == weight and number not in self._wanted):
+                return value
+            if summands is None or place in summands:
+                return self._stand_ins[number]
+            if number in self._wanted:
+                raise InputError(
+                    f"parameter {self._wanted[number]!r} is frozen and used inside a checkpoint, which your backward() "
+                    f"runs again: with create_graph=True it has no relevance of its own. Let it require grad, leave it "
+                    f"out of parameters=, or switch checkpointing off (model.gradient_checkpointing_disable())."
+                )
             return value
 
+        def swap(place: int | str, value: Any) -> Any:
+            if isinstance(value, tuple | list) and any(id(v) in self._stand_ins for v in value):
+                return type(value)(stand_in(place, v) for v in value)
+            return stand_in(place, value)
+
         args = tuple(swap(i, a) for i, a in enumerate(args))
-        kwargs = {k: swap(1 if k == "weight" else -1, v) for k, v in kwargs.items()}
+        kwargs = {k: swap(1 if k == "weight" and weight else k, v) for k, v in kwargs.items()}
         return func(*args, **kwargs)
 
 

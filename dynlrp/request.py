@@ -49,7 +49,7 @@ class Request:
             parameters = self._parameters()
             aliases = None
             if self.frozen:
-                aliases = Aliases(frozen_parameters(self.model), list(parameters.values()))
+                aliases = Aliases(frozen_parameters(self.model), parameters, attached)
             wanted = EVERYTHING if options.audit else record
             recorder = None if wanted is None else Recorder(wanted)
             saving = nullcontext() if options.wide is None else options.wide.saving()

@@ -6,14 +6,17 @@ import gc
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dynlrp import InputError, TrainingModeError, UnknownOperationError, explain, relevance
+from tests.conftest import close, same
 from tests.examples import draw
 
 Step = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -282,3 +285,55 @@ def test_what_relevance_starts_with_and_passes_through_is_constant() -> None:
     with pytest.raises(InputError, match="are constants"):
         relevance(y, x, initial=y * y, create_graph=True)
     assert relevance(y, x, initial=(y * y).detach(), create_graph=True).relevance.requires_grad
+
+
+class Scaled(nn.Module):
+    """What a frozen block may hold: weights, biases, scales, norms, and a parameter that is seen through a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.LayerNorm(4), nn.RMSNorm(4), nn.Linear(4, 4)])
+        self.scale, self.shift = nn.Parameter(torch.rand(2, 2) + 0.5), nn.Parameter(torch.randn(4))
+        self.mix = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layers[1](self.layers[0](x)) + self.shift
+        h = F.gelu(self.layers[2](h) * self.scale.view(4)) @ self.mix
+        return torch.addmm(self.shift, h, self.layers[3].weight)
+
+
+@pytest.mark.parametrize("composite", ["auto", "epsilon_plus", "dynamiclrp"])
+@pytest.mark.parametrize("parameters", [(), "head.*", "*.bias"])
+def test_a_frozen_block_in_a_checkpoint(parameters: Any, composite: str) -> None:
+    """The caller's backward runs it again, and gives the gradients that it gives without a checkpoint."""
+
+    class Net(nn.Module):
+        def __init__(self, checkpointed: bool) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.first, self.block, self.head = nn.Linear(3, 4), Scaled(), nn.Linear(4, 2)
+            self.checkpointed = checkpointed
+            self.block.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            h = checkpoint(self.block, h, use_reentrant=False) if self.checkpointed else self.block(h)
+            return self.head(h.tanh())
+
+    models = [Net(False).double(), Net(True).double()]
+    found = []
+    for model in models:
+        explanation = explain(model, draw(0, 2, 3), 1, create_graph=True, composite=composite, parameters=parameters)
+        relevances = [explanation.relevance, *(r for r in explanation.parameters.values() if r is not None)]
+        (explanation.output.sum() + sum(r.square().sum() for r in relevances)).backward()
+        found.append(explanation)
+    same(*found, 1e-12)
+    assert [p.grad is None for p in models[1].parameters()] == [not p.requires_grad for p in models[1].parameters()]
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        if one.requires_grad:
+            close(other.grad, one.grad, 1e-11)
+    for parameter in ("*", "block.mix", "block.layers.3.weight"):
+        with pytest.raises(InputError, match=r"'block\.\S+' is frozen and used inside a checkpoint"):
+            explain(models[1], draw(0, 2, 3), 1, create_graph=True, parameters=parameter)
+        explain(models[1], draw(0, 2, 3), 1, parameters=parameter)
+        explain(models[0], draw(0, 2, 3), 1, create_graph=True, parameters=parameter)
