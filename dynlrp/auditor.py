@@ -83,6 +83,8 @@ class Auditor:
         self._root = root
         self._at: dict[int, Entry] = {}
         self._unknown: dict[Edge, str] = {}
+        self._rounding = 0.0
+        """Of the coarsest dtype that a node made."""
         self._outer = ledger.entry
         """The node that was re-run, if this walk is inside one."""
 
@@ -176,9 +178,9 @@ class Auditor:
 
     def audit(self, dtype: torch.dtype) -> Audit:
         """What was seen. The error of one balance may be as large as that of the whole, or some roundings of the
-        model's ``dtype``."""
+        coarsest dtype on the way; ``dtype`` is that of the output."""
         _, places = self._ordered()
-        tolerance = max(self._ledger.tolerance, 4 * torch.finfo(dtype).eps)
+        tolerance = max(self._ledger.tolerance, 4 * max(self._rounding, torch.finfo(dtype).eps))
         return Audit(self._rows(), places[self._root.node], self._ledger.output, tolerance)
 
     def _rows(self) -> list[Row]:
@@ -223,6 +225,8 @@ class Auditor:
     def _enter(self, index: int, rule: str, incoming: float | None) -> Entry:
         name, sequence = self._graph.names[index], self._graph.nodes[index]._sequence_nr()
         order = -1 if name == LEAF else sequence  # leaves have no number
+        made = [of.dtype for of in self._graph.nodes[index]._input_metadata if of is not None]
+        self._rounding = max([self._rounding, *(torch.finfo(d).eps for d in made if d.is_floating_point)])
         entry = self._at[index] = Entry(name, self._path(sequence), order, rule, incoming)
         self._order.append(entry)
         return entry

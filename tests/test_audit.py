@@ -347,6 +347,21 @@ def test_sixteen_bits_close_to_some_roundings(dtype: torch.dtype) -> None:
     assert 0 < audit.error <= audit.tolerance
 
 
+@pytest.mark.parametrize("composite", ["attnlrp", "epsilon_plus"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_closes_to_some_roundings_of_its_own_dtype(dtype: torch.dtype, composite: str) -> None:
+    """Whatever that of the output: the coarsest dtype on the way counts."""
+    model = nn.Sequential(layer(4, 8, 1), nn.GELU(), layer(8, 3, 2)).float()
+    with torch.autocast("cpu", dtype=dtype):
+        explanation = explain(lambda x: model(x).float(), X.float(), 1, composite=composite, audit=True)
+    audit = explanation.audit
+    assert audit is not None
+    assert explanation.value.dtype == torch.float32
+    assert audit.tolerance == 4 * torch.finfo(dtype).eps
+    assert audit.error > 1e-4
+    assert audit.closes
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 @pytest.mark.parametrize("layout", [Tensor.to_sparse, Tensor.to_sparse_csr, lambda x: x.float().to_mkldnn()])
 def test_tensors_of_any_layout_are_measured(layout: Callable[[Tensor], Tensor]) -> None:
