@@ -40,6 +40,8 @@ class Ledger:
         """Relevance of those leaves in one vector, with the length of each."""
         self._leaves: list[tuple[str, int, str]] = []
         """Places of those leaves."""
+        self._weights: list[Tensor] = []
+        """Sums of absolute values of what was booked as one amount."""
         self._output: Tensor = torch.zeros(())
         self._path: Callable[[int], str] = lambda sequence: ""
         self.unresolved: list[tuple[str, str]] = []
@@ -53,6 +55,13 @@ class Ledger:
         """Enter a 0-d amount of one operation."""
         self._amounts.append(amount.detach() if amount.requires_grad else amount)
         self._places.append((account, sequence, name))
+
+    def book_inputs(self, name: str, sequence: int, relevance: Tensor) -> None:
+        """Enter the relevance of an input, and how large it is where its parts cancel."""
+        self.book("inputs", name, sequence, relevance.sum())
+        if relevance.layout is torch.strided and not relevance.is_nested:
+            wide = torch.promote_types(relevance.dtype, torch.float32)
+            self._weights.append(torch.linalg.vector_norm(relevance.detach(), 1, dtype=wide))
 
     def book_later(self, account: Account, name: str, sequence: int, multiplier: Tensor, value: Tensor) -> None:
         """Enter the relevance of a leaf, by its multiplier or one that is yet to be summed to the leaf's shape.
@@ -91,12 +100,12 @@ class Ledger:
     def tensors(self) -> list[Tensor]:
         """All amounts as they are kept, for :meth:`with_tensors`."""
         self._multiply()
-        return [*self._amounts, *(products for products, _ in self._products)]
+        return [*self._amounts, *self._weights, *(products for products, _ in self._products)]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Ledger:
         """A ledger with the same entries and other amounts."""
-        other, count = copy(self), len(self._amounts)
-        other._amounts, other._sums = list(tensors[:count]), None
+        other, amounts, count = copy(self), len(self._amounts), len(self._amounts) + len(self._weights)
+        other._amounts, other._weights, other._sums = list(tensors[:amounts]), list(tensors[amounts:count]), None
         sizes = [sizes for _, sizes in self._products]
         other._products = list(zip(tensors[count:], sizes, strict=True))
         other.unresolved, other.fallbacks = list(self.unresolved), list(self.fallbacks)
@@ -109,7 +118,7 @@ class Ledger:
     @property
     def output(self) -> float:
         """The explained output, summed over the batch."""
-        return self._read()[-1]
+        return self._read()[-2]
 
     @property
     def accounts(self) -> dict[str, float]:
@@ -126,8 +135,9 @@ class Ledger:
 
     @property
     def error(self) -> float:
-        """|residual| relative to the largest amount, the output among them."""
-        largest = max([abs(self.output), *(abs(a) for a in self.accounts.values())])
+        """|residual| relative to the largest amount, the output among them; where they cancel, to a hundredth of the
+        absolute values that they are sums of."""
+        largest = max([abs(self.output), *(abs(a) for a in self.accounts.values()), 0.01 * self._read()[-1]])
         return abs(self.residual) / largest if largest else abs(self.residual)
 
     @property
@@ -179,14 +189,15 @@ class Ledger:
         return amounts and not any(bool((x.isnan() | (x == torch.inf)).any()) for *_, x in self._kept)
 
     def _values(self) -> list[float]:
-        return self._read()[:-1]
+        return self._read()[:-2]
 
     def _read(self) -> list[float]:
-        """All entries and the output, in one look at the device."""
-        if self._sums is None or len(self._sums) != len(self._places) + len(self._leaves) + 1:
+        """All entries, the output and the sum of absolute values, in one look at the device."""
+        if self._sums is None or len(self._sums) != len(self._places) + len(self._leaves) + 2:
             amounts = self.amounts()
             output = self._output.detach().reshape(1).to(amounts)
-            self._sums = torch.cat([amounts, output]).tolist()
+            weight = amounts.abs().sum() + sum(weight.to(amounts) for weight in self._weights)
+            self._sums = torch.cat([amounts, output, weight.reshape(1)]).tolist()
         return self._sums
 
     def __repr__(self) -> str:

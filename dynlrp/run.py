@@ -396,7 +396,7 @@ class Run:
             if value is not None and source in plan.ends:
                 if walk.auditor is not None:
                     walk.auditor.leaves(source)
-                ledger.book("inputs", self.graph.names[source.node], sequences[source], value.sum())
+                ledger.book_inputs(self.graph.names[source.node], sequences[source], value)
         results: list[Tensor | None] = []
         for group in self.groups:
             parts = []

@@ -302,3 +302,39 @@ def test_a_small_leaf_keeps_no_large_tensor() -> None:
     assert [m.shape for m in kept] == [token.shape]
     assert kept[0].untyped_storage().nbytes() <= 2 * token.numel() * 8
     assert ledger.closes
+
+
+class Leaks(torch.autograd.Function):
+    """Loses a thousandth of all relevance."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(5))
+def test_amounts_that_cancel(seed: int, dtype: torch.dtype, registry: Any) -> None:
+    """An output of 0 closes to the rounding of what it is a sum of, and a leak shows all the same."""
+    rules.linear_operation("LeaksBackward")
+    first, second = (peers.randomise(nn.Linear(n, m, bias=False), seed).to(dtype) for n, m in ((32, 64), (64, 1)))
+    model = nn.Sequential(first, nn.ReLU(), second)
+    x = draw(seed, 4, 32).to(dtype)
+    y = model(x).detach()
+    start = torch.ones_like(y)
+    start[3] = -y[:3].sum() / y[3]
+    batch = explain(model, x, start * y)  # the samples cancel
+    assert abs(batch.ledger.output) < 1e-5
+    assert batch.ledger.closes
+    with torch.no_grad():
+        first.weight[:, 0] -= first.weight @ x[0] / x[0, 0]
+    one = explain(lambda x: second(first(x)), x[:1], 0)  # the inputs of a sample cancel
+    assert abs(float(one.value)) < 1e-4
+    assert float(one.relevance.abs().sum()) > 1.0
+    assert one.ledger.closes
+    leaking = explain(lambda x: second(Leaks.apply(first(x)).relu()), x, 0)
+    assert not leaking.ledger.closes
