@@ -19,6 +19,7 @@ from dynlrp.errors import (
     NotDifferentiableError,
     RuleError,
     TargetError,
+    TraceError,
     TrainingModeError,
     UnknownOperationError,
 )
@@ -26,6 +27,7 @@ from dynlrp.explain import explain, explain_many, relevance
 from dynlrp.explanation import Explanation
 from dynlrp.generation import Generation, explain_generation
 from dynlrp.ledger import Ledger
+from dynlrp.program import Program, trace
 from dynlrp.target import Contrast
 
 __all__ = [
@@ -49,8 +51,10 @@ __all__ = [
     "NonFiniteError",
     "NotDifferentiableError",
     "Part",
+    "Program",
     "RuleError",
     "TargetError",
+    "TraceError",
     "TrainingModeError",
     "UnknownOperationError",
     "When",
@@ -64,4 +68,5 @@ __all__ = [
     "explain_many",
     "relevance",
     "rules",
+    "trace",
 ]

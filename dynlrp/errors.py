@@ -81,6 +81,10 @@ class NonFiniteError(DynLRPError):
     """NaN or infinity in an activation or in relevance."""
 
 
+class TraceError(DynLRPError):
+    """An explanation cannot be a program: what the model computes depends on numbers in its inputs."""
+
+
 class RuleError(DynLRPError):
     """A rule returned something of the wrong number, shape or type, or failed."""
 

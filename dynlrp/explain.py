@@ -12,7 +12,7 @@ from torch._guards import active_fake_mode
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from dynlrp.capture import EVERYTHING, Wanted
+from dynlrp.capture import EVERYTHING
 from dynlrp.composite import Composite
 from dynlrp.condition import Condition
 from dynlrp.errors import BrokenPromiseError, InputError, NonFiniteError, NoPathError
@@ -20,7 +20,7 @@ from dynlrp.explanation import Explanation
 from dynlrp.options import Names, OnUnknown, Options
 from dynlrp.request import Request
 from dynlrp.run import Run, Settled
-from dynlrp.state import same_state, survey
+from dynlrp.state import Buffer, same_state, survey
 from dynlrp.target import Seed, Target, make_seed
 
 
@@ -143,13 +143,17 @@ def explanations(
     asked, conditions = targets if targets == "all" else list(targets), list(conditions)
     if options.create_graph:
         _are_constants((asked, conditions))
-    request = Request(model, inputs, asked, conditions, options, frozen)
+    yield from answers(Request(model, inputs, asked, conditions, options, frozen), buffers, chunk)
+
+
+def answers(request: Request, buffers: Sequence[Buffer], chunk: int | None = None) -> Iterator[tuple[int, Explanation]]:
+    """The explanations that were asked for. The request then knows what its forward pass must record."""
+    options = request.options
     done: set[int] = set()
-    record: Wanted | None = None
     while True:
         with same_state(buffers, options.allow_training, request.look) as state:
-            runs = request.forward(record)
-            found = _explained(runs, chunk, done, record is EVERYTHING)
+            runs = request.forward()
+            found = _explained(runs, chunk, done, request.record is EVERYTHING)
             if options.create_graph:  # the state is kept if all is well
                 ready = list(found)
                 state.keep = bool(ready) and all(explanation.finite() for _, explanation in ready)
@@ -161,7 +165,7 @@ def explanations(
             yield number, explanation
         if len(done) == sum(len(numbers) for _, numbers in runs):
             return
-        record = _lacking(runs) if record is None else EVERYTHING
+        request.record_more(runs)
         del runs, found  # their graph
 
 
@@ -271,12 +275,11 @@ def settle(
     options = Options(composite, output=output, on_unknown="gradient", allow_training=allow_training)
     request = Request(model, inputs, [target], [{}], options, frozen)
     fake = active_fake_mode() is not None  # draws nothing, and the model is a copy
-    record: Wanted | None = None
     for count in range(1, 4):
         with nullcontext() if fake else same_state(buffers, allow_training, request.look):
-            runs = request.forward(record, release=False)
+            runs = request.forward(release=False)
         ((run, _),) = runs
-        final = record is EVERYTHING
+        final = request.record is EVERYTHING
         try:
             settled = run.settle({})
             if not settled.ledger.unresolved or not run.missing or final:
@@ -284,7 +287,7 @@ def settle(
         except BrokenPromiseError:
             if not run.missing or final:
                 raise
-        record = _lacking(runs) if record is None else EVERYTHING
+        request.record_more(runs)
     raise AssertionError("the last run records everything")
 
 
@@ -295,13 +298,3 @@ def _are_constants(given: Any) -> None:
             "with create_graph=True, initial relevance and masks are constants: detach() those that require grad, or "
             "make them a function of the output (target=lambda y: ...)"
         )
-
-
-def _lacking(runs: Sequence[tuple[Run, list[int]]]) -> Wanted:
-    """What the promises of a run lacked. Two runs of a model number their operations in the same way, or lack more."""
-    lacking = [run for run, _ in runs if run.missing]
-    if len(lacking) != 1:  # several graphs, with numbers of their own
-        return EVERYTHING
-    (run,) = lacking
-    assert run.recording is not None
-    return {(number - run.recording.start, edge.output) for edge, number in run.missing.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -89,10 +89,32 @@ class Explanation:
         """Every relevance tensor of the inputs."""
         return [t for t in pytree.tree_leaves(self.relevance) if isinstance(t, Tensor)]
 
+    def everything(self) -> list[Tensor]:
+        """All relevance and all amounts of the ledger, for :meth:`filled`."""
+        return [*self._relevance(), *self.ledger.tensors()]
+
+    def filled(self, tensors: Sequence[Tensor]) -> Explanation:
+        """The same explanation with other numbers, in the order of :meth:`everything`."""
+        rest = iter(tensors)
+        trees = (self.relevance, self.layers, self.parameters)
+        relevance, layers, parameters = pytree.tree_map(lambda t: next(rest) if isinstance(t, Tensor) else t, trees)
+        ledger = self.ledger.with_tensors(list(rest))
+        return replace(self, relevance=relevance, layers=layers, parameters=parameters, ledger=ledger)
+
+    def complete(self, value: Tensor) -> None:
+        """Enter the explained output."""
+        self.value, ledger = value, self.ledger
+        ledger._output = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
+        if ledger.unresolved and ledger.closes:
+            ledger.unresolved.clear()  # constants that nobody kept add up to nothing: paddings and masks
+
+    def _relevance(self) -> list[Tensor]:
+        trees = (self.relevance, self.layers, self.parameters)
+        return [t for t in pytree.tree_leaves(trees) if isinstance(t, Tensor)]
+
     def finite(self) -> bool:
         """Whether no relevance, and nothing in the ledger, is NaN or infinite."""
-        trees = (self.relevance, self.layers, self.parameters)
-        found = [t.detach() for t in pytree.tree_leaves(trees) if isinstance(t, Tensor)]
+        found = [t.detach() for t in self._relevance()]
         totals = [self.value.sum(), *self.ledger.looks()]
         # One look for all, as looking waits for an accelerator.
         if math.isfinite(sum(t.sum(dtype=torch.float64).to(self.value.device) for t in (*found, *totals))):

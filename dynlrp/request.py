@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -34,9 +34,11 @@ class Request:
     options: Options
     frozen: bool
     """Some parameter is."""
+    record: Wanted | None = None
+    """Tensors whose values are kept in the forward pass, as promises lack them."""
 
-    def forward(self, record: Wanted | None = None, release: bool = True) -> list[tuple[Run, list[int]]]:
-        """Run the model and gather what is wanted; the values of the tensors in ``record`` are kept on the way.
+    def forward(self, release: bool = True) -> list[tuple[Run, list[int]]]:
+        """Run the model and gather what is wanted.
 
         Returns a run for every tensor that relevance starts from, with the numbers of the pairs it is for.
         """
@@ -50,7 +52,7 @@ class Request:
             aliases = None
             if self.frozen:
                 aliases = Aliases(frozen_parameters(self.model), parameters, attached)
-            wanted = EVERYTHING if options.audit else record
+            wanted = EVERYTHING if options.audit else self.record
             recorder = None if wanted is None else Recorder(wanted)
             saving = nullcontext() if options.wide is None else options.wide.saving()
             with recording.watching(), saving, aliases or nullcontext(), recorder or nullcontext():
@@ -75,7 +77,7 @@ class Request:
                 runs.append((run, numbers))
                 run.output, run.aliases = output, aliases
                 if recorder is not None:
-                    run.keep(recorder, record)
+                    run.keep(recorder, self.record)
                 inputs.want(run)
                 run.taps = {name: [] for name in recording.requested()}
                 for name, returned in recording.outputs.items():
@@ -90,6 +92,18 @@ class Request:
             recording.outputs.clear()
         return runs
 
+    def record_more(self, runs: Sequence[tuple[Run, list[int]]]) -> None:
+        """Record in the next forward pass what the promises of ``runs`` lacked, or after that everything. Two passes of
+        a model number their operations in the same way, or lack more."""
+        lacking = [run for run, _ in runs if run.missing]
+        if self.record is not None or len(lacking) != 1:  # several graphs have numbers of their own
+            self.record = EVERYTHING
+            return
+        (run,) = lacking
+        assert run.recording is not None
+        start = run.recording.start
+        self.record = {(number - start, edge.output) for edge, number in run.missing.items()}
+
     def look(self) -> None:
         """Run again for what the model does meanwhile."""
         self.forward(release=False)
@@ -99,7 +113,9 @@ class Request:
         for place, leaf in enumerate(pytree.tree_leaves(as_dicts(self.inputs))):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
                 raise NonFiniteError(f"input {place} holds NaN or infinity")
-        run, numbers = next(pair for pair in self.forward(EVERYTHING, release=False) if number in pair[1])
+        run, numbers = next(
+            pair for pair in replace(self, record=EVERYTHING).forward(release=False) if number in pair[1]
+        )
         assert run.recording is not None
         for node, _, value in run.recorded:
             operation = REGISTRY.get(node.name())

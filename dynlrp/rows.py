@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dynlrp.errors import InputError
 from dynlrp.graph import Edge, Graph, Node, Operands, saved
@@ -107,5 +108,8 @@ def _places(indices: Tensor, ids: Tensor) -> Tensor | None:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, or may: fake ones have none."""
-    return a.shape == b.shape and (isinstance(a, FakeTensor) or torch.equal(a, b))
+    """Whether two tensors hold the same numbers, or may: fake ones have none. Of a trace, those it is made with."""
+    if a.shape != b.shape or isinstance(a, FakeTensor):
+        return a.shape == b.shape
+    with _disable_current_modes():
+        return torch.equal(a, b)

@@ -6,13 +6,11 @@ import fnmatch
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.utils import _pytree as pytree
 
 from dynlrp.auditor import AuditedLedger, Auditor
 from dynlrp.capture import Aliases, Call, Kept, Recorder, Recording, Wanted
@@ -250,9 +248,7 @@ class Run:
     def explain(self, numbers: Sequence[int], check: bool = False) -> list[Explanation]:
         """The explanations of some seeds, in one pass where that can be."""
         try:
-            again = self.aliases if self.aliases is not None and self.aliases.reruns else nullcontext()
-            recording = torch.set_grad_enabled(self.attached)
-            with recording, torch.autocast(self.starts[0].device.type, enabled=False), again:
+            with self._passing():
                 return self._together(numbers, check)
         except RuntimeError as error:
             if CHANGED in str(error):
@@ -263,6 +259,18 @@ class Run:
                 "the saved tensors of this graph are gone: a backward pass freed them. Explain before backward(), or "
                 "call backward(retain_graph=True)."
             ) from error
+
+    def bare(self) -> tuple[Tensor, Explanation]:
+        """The explained output and the explanation of the first seed, without a look at any number."""
+        with self._passing():
+            return self.values[0], self._pass(self.starts[0], self.conditions[0], False, self.release)
+
+    @contextmanager
+    def _passing(self) -> Iterator[None]:
+        again = self.aliases if self.aliases is not None and self.aliases.reruns else nullcontext()
+        recording = torch.set_grad_enabled(self.attached)
+        with recording, torch.autocast(self.starts[0].device.type, enabled=False), again:
+            yield
 
     def room(self) -> int:
         """How many multipliers of the largest tensor on the way ``MEMORY`` holds a few times over."""
@@ -305,20 +313,16 @@ class Run:
         def run(start: Tensor, masks: list[Tensor]) -> list[Tensor]:
             explanation = self._pass(start, dict(zip(edges, masks, strict=True)), False, False)
             made.append(explanation)
-            return [*_tensors(explanation), *explanation.ledger.tensors()]
+            return explanation.everything()
 
         with quiet_vmap():
             found = torch.func.vmap(run)(torch.stack([self.starts[number] for number in numbers]), masks)
-        return [self._finish(_filled(made[0], [t[place] for t in found]), n) for place, n in enumerate(numbers)]
+        return [self._finish(made[0].filled([t[place] for t in found]), n) for place, n in enumerate(numbers)]
 
     def _finish(self, explanation: Explanation, number: int) -> Explanation:
-        ledger = explanation.ledger
-        explanation.value = self.values[number]
-        ledger._output = explanation.value.sum(dtype=torch.promote_types(explanation.value.dtype, torch.float32))
+        explanation.complete(self.values[number])
         if self.auditor is not None:
             explanation.audit, self.auditor = self.auditor.audit(explanation.value.dtype), None
-        if ledger.unresolved and ledger.closes:
-            ledger.unresolved.clear()  # constants that nobody kept add up to nothing: paddings and masks
         return explanation
 
     def _settled(self) -> Plan:
@@ -450,21 +454,6 @@ class Run:
             numbers = [(name, self.graph.nodes[index]._sequence_nr()) for index, name in error.nodes]
             places = [(name, innermost(self._running(number))) for name, number in numbers]
             raise UnknownOperationError(places, error.reasons) from None
-
-
-def _tensors(explanation: Explanation) -> list[Tensor]:
-    """All relevance, in a fixed order."""
-    trees = (explanation.relevance, explanation.layers, explanation.parameters)
-    return [t for t in pytree.tree_leaves(trees) if isinstance(t, Tensor)]
-
-
-def _filled(explanation: Explanation, tensors: Sequence[Tensor]) -> Explanation:
-    """The same explanation with other relevance and other amounts."""
-    rest = iter(tensors)
-    trees = (explanation.relevance, explanation.layers, explanation.parameters)
-    relevance, layers, parameters = pytree.tree_map(lambda t: next(rest) if isinstance(t, Tensor) else t, trees)
-    ledger = explanation.ledger.with_tensors(list(rest))
-    return replace(explanation, relevance=relevance, layers=layers, parameters=parameters, ledger=ledger)
 
 
 @contextmanager

@@ -1,0 +1,250 @@
+"""An explanation as a straight line of tensor operations, for many inputs of one shape.
+
+The forward pass and the way of relevance are traced once into one ``torch.fx`` graph, without a graph walk, hooks or
+autograd at the calls that follow. What the trace cannot hold, a model that asks for numbers on its way, is an error.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.compiler
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from dynlrp.composite import Composite
+from dynlrp.condition import Condition
+from dynlrp.errors import DynLRPError, InputError, NonFiniteError, TraceError
+from dynlrp.explain import answers
+from dynlrp.explanation import Explanation
+from dynlrp.inputs import as_dicts
+from dynlrp.options import Names, OnUnknown, Options
+from dynlrp.request import Request
+from dynlrp.state import same_state, survey
+from dynlrp.target import Target
+
+aten: Any = torch.ops.aten
+flags: Any = torch.compiler
+
+CURE = "explain() takes such a model as it is"
+
+
+class Like(NamedTuple):
+    """A tensor without its numbers."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Like:
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.device, tensor.stride())
+
+    def __str__(self) -> str:
+        return f"a tensor of {self.shape} {self.dtype} on {self.device}"
+
+
+class Program:
+    """Explains inputs of the shapes that it was traced with; made by :func:`trace`."""
+
+    def __init__(
+        self, module: fx.GraphModule, template: Explanation, inputs: Any, again: Callable[[Any], Explanation]
+    ) -> None:
+        self.module = module
+        """All of it: takes the tensors of the inputs in their order, returns the explained output, all relevance and
+        the amounts of the ledger."""
+        self._function: Callable[..., Sequence[Tensor]] = module
+        self._template = template.filled([torch.empty(0)] * len(template.everything()))
+        leaves, self._spec = pytree.tree_flatten(as_dicts(inputs))
+        self._leaves = [Like.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._explain = again
+        self._compiled = False
+
+    def __call__(self, inputs: Any) -> Explanation:
+        """What :func:`dynlrp.explain` gives for these inputs.
+
+        Raises:
+            InputError: the inputs differ from those of the trace in shape, dtype, device or structure.
+            NonFiniteError: NaN or infinity on the way.
+        """
+        tensors = self._tensors(inputs)
+        with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+            found = self._function(*tensors)
+            if self._compiled:  # which may use its memory again
+                found = [tensor.clone() for tensor in found]
+        explanation = self._template.filled(found[1:])
+        explanation.complete(found[0])
+        if not explanation.finite():
+            self._explain(inputs)  # which says where
+            raise NonFiniteError("relevance is not finite")
+        return explanation
+
+    def compile(self, **options: Any) -> None:
+        """Give the program to ``torch.compile``, with its options: ``backend="cudagraphs"`` runs it on a CUDA device
+        without Python in between, ``mode="max-autotune"`` makes kernels of its own. Relevance then agrees up to
+        rounding."""
+        self._function, self._compiled = torch.compile(self.module, fullgraph=True, dynamic=False, **options), True
+
+    def _tensors(self, inputs: Any) -> list[Tensor]:
+        leaves, spec = pytree.tree_flatten(as_dicts(inputs))
+        if spec != self._spec:
+            raise InputError(f"the program was traced for inputs {self._spec}, not {spec}")
+        tensors = []
+        for place, (leaf, like) in enumerate(zip(leaves, self._leaves, strict=True)):
+            given = Like.of(leaf) if isinstance(leaf, Tensor) else leaf
+            if not isinstance(like, Like) or not isinstance(given, Like):
+                if given is not like and given != like:
+                    raise InputError(f"the program was traced for {like} as input {place}, not {given}")
+                continue
+            if given[:3] != like[:3]:
+                raise InputError(f"the program was traced for {like} as input {place}, not {given}: trace another")
+            if given.stride != like.stride:
+                leaf = leaf.new_empty_strided(like.shape, like.stride).copy_(leaf)
+            tensors.append(leaf.detach())
+        return tensors
+
+
+def trace(
+    model: Callable[..., Any],
+    inputs: Any,
+    target: Target = None,
+    *,
+    composite: str | Composite = "auto",
+    layers: Names = (),
+    parameters: Names = (),
+    condition: Condition | None = None,
+    output: str | int | None = None,
+    precision: torch.dtype | None = None,
+    on_unknown: OnUnknown = "error",
+    others: Any = None,
+) -> Program:
+    """A program that explains inputs of the same shapes as :func:`dynlrp.explain` does, at a fraction of the price
+    where operations are small. What the model computes in Python, without tensors, is done once and for all.
+
+    Parameters and buffers that are changed in place (an optimiser's step, ``load_state_dict``) count at the next call;
+    after other changes of the model, trace again.
+
+    Args:
+        model, inputs, target, composite, layers, parameters, condition, output, precision, on_unknown: as in
+            :func:`dynlrp.explain`.
+        others: inputs of the same shapes. On these too the program must agree with :func:`dynlrp.explain`, as one that
+            a model made depend on the numbers of ``inputs`` does not. By default ``inputs``, flipped.
+
+    Raises:
+        TraceError: what the model computes depends on numbers in a way that no straight line has: branches, loops and
+            shapes by value, a detour by numpy.
+        DynLRPError: as in :func:`dynlrp.explain`.
+    """
+    options = Options(
+        composite, layers=layers, parameters=parameters, output=output, precision=precision, on_unknown=on_unknown
+    )
+    frozen, buffers = survey(model, False)
+    request = Request(model, inputs, [target], [condition or {}], options, frozen)
+
+    def explained(inputs: Any) -> Explanation:
+        ((_, explanation),) = answers(replace(request, inputs=inputs), buffers)
+        return explanation
+
+    ((_, expected),) = answers(request, buffers)
+    leaves, spec = pytree.tree_flatten(as_dicts(inputs))
+    template: list[Explanation] = []
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        rest = iter(tensors)
+        given = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        again = replace(request, inputs=pytree.tree_unflatten(given, spec))
+        ((found, _),) = again.forward()
+        value, explanation = found.bare()
+        template[:] = [explanation]
+        return [value, *explanation.everything()]
+
+    tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+    with same_state(buffers, False):
+        try:
+            module = make_fx(run)(*tensors)
+        except (RuntimeError, DynLRPError):
+            with _compiling():
+                try:
+                    module = make_fx(run)(*tensors)
+                except (RuntimeError, DynLRPError) as error:
+                    where = _place(error)
+                    raise TraceError(f"the model asks for the numbers of a tensor{where}; {CURE}") from error
+    _straighten(module)
+    program = Program(module, template.pop(), inputs, explained)
+    _compare(program(inputs), expected)
+    if others is None:
+        others = pytree.tree_map(_flipped, as_dicts(inputs))
+        try:
+            expected = explained(others)
+        except Exception as error:
+            raise InputError(
+                f"flipped inputs are none for this model, pass others= to compare with: {error}"
+            ) from error
+    else:
+        expected = explained(others)
+    _compare(program(others), expected)
+    return program
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Models are told that they are compiled, so that they do not ask for numbers to take a shorter way."""
+    before = flags._is_compiling_flag
+    flags._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        flags._is_compiling_flag = before
+
+
+def _place(error: Exception) -> str:
+    """Where the model's own code stood."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not {"torch", "dynlrp"} & set(Path(frame.filename).parts):
+            return f" ({Path(frame.filename).name}:{frame.lineno}: {frame.line})"
+    return ""
+
+
+def _straighten(module: fx.GraphModule) -> None:
+    """Leave out what does nothing without autograd; refuse shapes that depend on numbers."""
+    for node in module.graph.nodes:
+        if node.target is aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+        elif isinstance(node.target, torch._ops.OpOverload) and torch.Tag.dynamic_output_shape in node.target.tags:
+            indices = node.args[1] if node.target is aten.index.Tensor else [node]
+            if any(_is_mask(index) or index is node for index in indices):
+                raise TraceError(f"the shape of what {node.target} returns depends on numbers; {CURE}")
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _is_mask(index: fx.Node | None) -> bool:
+    return index is not None and index.meta["val"].dtype in (torch.bool, torch.uint8)
+
+
+def _compare(found: Explanation, expected: Explanation) -> None:
+    """A program that holds what depends on numbers gives other relevance for other inputs."""
+    pairs = list(zip(found.everything(), expected.everything(), strict=True))
+    scale = max(float(theirs.abs().max()) for _, theirs in pairs if theirs.numel())
+    for ours, theirs in pairs:
+        tolerance = math.sqrt(torch.finfo(theirs.dtype).eps) * scale
+        if ours.shape != theirs.shape or bool(((ours - theirs).abs() > tolerance).any()):
+            raise TraceError(f"for other inputs of the same shapes the model computes something else; {CURE}")
+
+
+def _flipped(leaf: Any) -> Any:
+    """Other numbers of the same kind, of which an embedding has rows."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    flipped = leaf.detach().flip(tuple(range(leaf.ndim)))
+    return flipped * 0.875 if leaf.is_floating_point() or leaf.is_complex() else flipped

@@ -1,0 +1,220 @@
+"""Programs: an explanation traced once, for many inputs of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dynlrp import Explanation, InputError, NonFiniteError, TraceError, explain, trace
+from tests.conftest import SAMPLES, Apply, sample
+from tests.oracle import draw
+from tests.test_promise import randomise
+
+
+def others(inputs: Any) -> Any:
+    """Other numbers of the same kind, not those that a trace is checked with."""
+    if isinstance(inputs, dict):
+        return {**inputs, "input_ids": inputs["input_ids"].roll(1, 1).flip(0)}
+    return draw(99, *inputs.shape).to(inputs.dtype)
+
+
+def equal(a: Explanation, b: Explanation) -> None:
+    """All relevance, values and amounts are the same numbers."""
+    for one, other in zip(a.everything(), b.everything(), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(a.value, b.value)
+    assert repr(a.ledger) == repr(b.ledger)
+    assert a.ledger.by_module() == b.ledger.by_module()
+
+
+def convolutions() -> nn.Module:
+    return randomise(
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU(),
+            nn.Flatten(), nn.Linear(36, 5),
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("composite", ["auto", "epsilon"])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_other_inputs_get_what_explain_gives_them(name: str, composite: str) -> None:
+    model, inputs, target = sample(name)
+    program = trace(model, inputs, target, composite=composite)
+    fresh = others(inputs)
+    equal(program(fresh), explain(model, fresh, target, composite=composite))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"composite": "epsilon_alpha2_beta1", "layers": "*", "parameters": "*.weight"},
+        {"composite": "dynamiclrp"},
+        {"composite": "epsilon_plus", "condition": {"0": [1, 2]}},
+        {"target": lambda y: (y * y).sum(1)},
+        {"target": draw(3, 2, 5)},
+        {"composite": "epsilon", "precision": torch.float64, "layers": ["2", "6:input"]},
+    ],
+)
+def test_whatever_is_asked(options: dict[str, Any]) -> None:
+    model = convolutions()
+    if "precision" in options:
+        model.float()
+    inputs = draw(1, 2, 3, 12, 12).to(next(model.parameters()).dtype)
+    program = trace(model, inputs, **options)
+    found, expected = program(others(inputs)), explain(model, others(inputs), **options)
+    equal(found, expected)
+    assert found.layers.keys() == expected.layers.keys()
+    assert found.promises.count == expected.promises.count
+
+
+def test_frozen_weights_and_values_that_a_second_run_records() -> None:
+    """Nothing saves what the second layer is given, and it cannot be recomputed."""
+
+    def forget(x: Tensor) -> Tensor:
+        return x.mul_(1.5).add_(x.detach().new_ones(()))
+
+    model = randomise(nn.Sequential(nn.Linear(4, 4), Apply(forget), nn.Linear(4, 3))).requires_grad_(False)
+    inputs = draw(1, 2, 4)
+    program = trace(model, inputs, composite="epsilon_plus")
+    equal(program(others(inputs)), explain(model, others(inputs), composite="epsilon_plus"))
+
+
+def test_other_kinds_of_inputs() -> None:
+    """Keyword arguments that are no tensors stand as they were; memory may lie in another order."""
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor, factor: float, y: Tensor) -> Tensor:
+            return (x.view(-1, 2).relu() * factor).view(2, -1) @ y
+
+    inputs = {"x": draw(0, 2, 4), "factor": 2.0, "y": draw(1, 4, 3)}
+    program = trace(Two(), inputs)
+    other = {"x": draw(2, 4, 2).t(), "factor": 2.0, "y": draw(3, 4, 3)}
+    expected = explain(Two(), {**other, "x": other["x"].contiguous()})
+    equal(program(other), expected)
+    assert program(other).relevance["factor"] is None
+    with pytest.raises(InputError, match=r"traced for 2.0 as input 1, not 3.0"):
+        program({**other, "factor": 3.0})
+
+
+def test_training_goes_on() -> None:
+    """A program reads parameters where they are, and the model is not called."""
+    model = convolutions()
+    inputs = draw(1, 2, 3, 12, 12)
+    program = trace(model, inputs)
+    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+    model(inputs).square().sum().backward()
+    optimiser.step()
+    calls: list[int] = []
+    with model.register_forward_hook(lambda *_: calls.append(1)):
+        found = program(inputs)
+    assert not calls
+    equal(found, explain(model, inputs))
+
+
+def test_everything_stays_as_it_is() -> None:
+    model = convolutions()
+    inputs = draw(1, 2, 3, 12, 12).requires_grad_()
+    before = [t.clone() for t in model.state_dict().values()]
+    state, compiling = torch.get_rng_state(), torch.compiler.is_compiling()
+    trace(model, inputs)(inputs)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.compiler.is_compiling() == compiling
+    assert all(p.grad is None and p.requires_grad for p in (*model.parameters(), inputs))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_compiled_programs_agree() -> None:
+    model = convolutions()
+    inputs = draw(1, 2, 3, 12, 12)
+    program = trace(model, inputs, layers="2")
+    program.compile(backend="aot_eager")
+    first = program(inputs)
+    kept = first.relevance.clone()
+    program(others(inputs))
+    assert torch.equal(first.relevance, kept)
+    equal(first, explain(model, inputs, layers="2"))
+
+
+class Branch(nn.Module):
+    """Does something that depends on numbers."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(4, 4).double(), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x))
+
+
+def by_numpy(y: Tensor) -> Tensor:
+    return y * torch.from_numpy(np.abs(y.detach().numpy()))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda y: y * 2 if y.sum() > 0 else y * 3, r"asks for the numbers of a tensor \(test_program.py:\d+: .*sum"),
+        (lambda y: y * y.detach().max().item(), r"asks for the numbers of a tensor"),
+        (lambda y: y + y[y > 0].sum(), r"the shape of what aten.index.Tensor returns"),
+        (lambda y: y + y[torch.nonzero(y[0] > 0)].sum(), r"the shape of what aten.nonzero"),
+        (by_numpy, r"for other inputs of the same shapes the model computes something else"),
+    ],
+)
+def test_what_no_straight_line_has(function: Callable[[Tensor], Tensor], message: str) -> None:
+    model = Branch(function)
+    explain(model, draw(0, 2, 4))
+    with pytest.raises(TraceError, match=message):
+        trace(model, draw(0, 2, 4))
+
+
+def test_other_inputs_to_compare_with() -> None:
+    """Offsets do not count when they are flipped."""
+
+    def bag(ids: Tensor, offsets: Tensor) -> Tensor:
+        return nn.functional.embedding_bag(ids, table, offsets, mode="sum")
+
+    table = draw(0, 10, 3).requires_grad_()
+    inputs = (torch.tensor([1, 2, 3, 4]), torch.tensor([0, 2]))
+    with pytest.raises(InputError, match="pass others="):
+        trace(bag, inputs)
+    program = trace(bag, inputs, others=(torch.tensor([4, 0, 1, 1]), torch.tensor([0, 1])))
+    fresh = (torch.tensor([9, 2, 2, 7]), torch.tensor([0, 3]))
+    equal(program(fresh), explain(bag, fresh))
+
+
+def test_inputs_that_do_not_fit() -> None:
+    model = convolutions()
+    program = trace(model, draw(1, 2, 3, 12, 12))
+    with pytest.raises(InputError, match=r"\(2, 3, 12, 12\) torch.float64 on cpu as input 0, not .*\(1, 3, 12, 12\)"):
+        program(draw(1, 1, 3, 12, 12))
+    with pytest.raises(InputError, match=r"float64 on cpu as input 0, not .*float32"):
+        program(draw(1, 2, 3, 12, 12).float())
+    with pytest.raises(InputError, match="traced for inputs"):
+        program([draw(1, 2, 3, 12, 12)])
+    with pytest.raises(NonFiniteError, match="input 0 holds NaN"):
+        program(torch.full((2, 3, 12, 12), torch.nan, dtype=torch.float64))
+
+
+def test_checkpoints_are_part_of_the_line() -> None:
+    model = Branch(lambda y: checkpoint(lambda v: v.relu().square(), y, use_reentrant=False))  # type: ignore[no-any-return]
+    program = trace(model, draw(0, 2, 4))
+    equal(program(draw(1, 2, 4)), explain(model, draw(1, 2, 4)))
+
+
+def test_autocast_is_that_of_the_trace() -> None:
+    model = convolutions().float()
+    inputs = draw(1, 2, 3, 12, 12).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        half, expected = trace(model, inputs), explain(model, others(inputs))
+    equal(half(others(inputs)), expected)
+    whole, expected = trace(model, inputs), explain(model, others(inputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        equal(whole(others(inputs)), expected)
