@@ -68,6 +68,13 @@ median; these models are so small that the work per operation is everything).
 
 {_wrong(good)}
 
+## What takes no part
+
+Modules with a twentieth of a model's parameters or more in which no node of its graph lies, as these inputs do not
+use them.
+
+{_idle(good)}
+
 ## Models
 
 {report.models_table(good, without=["parameters", "leaves"])}
@@ -84,6 +91,11 @@ These could not be built here, or nothing that their shapes suggest was an input
 def _wrong(reports: Sequence[Coverage]) -> str:
     found = report.problems(reports)
     return report.table(found, report.PROBLEM) if found else "nothing."
+
+
+def _idle(reports: Sequence[Coverage]) -> str:
+    found = report.towers(reports)
+    return report.table(found, report.TOWERS, report.TOWERS[2:]) if found else "nothing."
 
 
 def _share(covered: int, nodes: int) -> list[str]:

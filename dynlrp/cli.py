@@ -202,16 +202,17 @@ def _print_reports(made: Sequence[Coverage]) -> None:
         table.add_column(name, justify="left" if name in report.TEXT else "right", overflow="fold")
     for one in made:
         table.add_row(*(escape(cell(one)) for cell in columns.values()))
-    wrong = Table(box=None, pad_edge=False)
-    for name in report.PROBLEM:
-        wrong.add_column(name, overflow="fold")
-    for row in report.problems(made):
-        wrong.add_row(*map(escape, row))
+    lists = []
+    for names, rows in ((report.PROBLEM, report.problems(made)), (report.TOWERS, report.towers(made))):
+        if rows:
+            lists.append(Table(*names, box=None, pad_edge=False))
+            for row in rows:
+                lists[-1].add_row(*map(escape, row))
     total = Table(box=None, pad_edge=False, show_header=False)
     total.add_row(f"{report.summary(made)}.")
     if report.is_paper(made):
         total.add_row(report.PAPER)
-    _show(table, *([wrong] if wrong.row_count else []), total)
+    _show(table, *lists, total)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -74,6 +74,9 @@ class Coverage:
     operations: tuple[OperationCount, ...] = ()
     uncovered: tuple[Uncovered, ...] = ()
     roles: dict[str, int] = field(default_factory=dict)
+    idle: dict[str, int] = field(default_factory=dict)
+    """Modules that take no part in the explained output, outermost, with their number of parameters: a tower for
+    images where only text was given."""
     promises: int = 0
     replayed: int = 0
     delta: int = 0
@@ -184,28 +187,38 @@ def coverage(
     """
     start = time.perf_counter()
     options: dict[str, Any] = {"composite": composite, "output": output, "allow_training": allow_training}
-    captured, fake = capture(model, inputs, target, **options)
-    made = _report(*captured)
+    captured = capture(model, inputs, target, **options)
     made = replace(
-        made,
+        _report(captured.settled, captured.runs),
         model=name or type(model).__name__,
         modality=modality(inputs),
         composite=composite if isinstance(composite, str) else composite.name,
         parameters=sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else 0,
-        fake=fake,
+        idle=idle(captured),
+        fake=captured.fake,
         seconds=time.perf_counter() - start,
     )
     return replace(made, verification=verification(model, inputs, target, **options)) if verify else made
 
 
-def capture(
-    model: Callable[..., Any], inputs: Any, target: Target = None, **options: Any
-) -> tuple[tuple[Settled, int], bool]:
-    """The graph of a model ready for relevance, the runs of the model that an explanation takes, and whether it was
-    captured with fake tensors. ``options`` are those of :func:`dynlrp.explain.settle`."""
+class Captured(NamedTuple):
+    """The graph of a model ready for relevance."""
+
+    settled: Settled
+    runs: int
+    """Runs of the model that an explanation takes."""
+    fake: bool
+    """It was captured with fake tensors."""
+    model: Callable[..., Any]
+    """What ran: the model or a copy in fake tensors."""
+
+
+def capture(model: Callable[..., Any], inputs: Any, target: Target = None, **options: Any) -> Captured:
+    """Capture the graph of a model, without numbers if that is possible. ``options`` are those of
+    :func:`dynlrp.explain.settle`."""
     try:
         with faked(model, as_dicts(inputs)) as (copied, given):
-            return settle(copied, given, target, **options), True
+            return Captured(*settle(copied, given, target, **options), True, copied)
     except Exception as error:
         if not _has_weights(model):
             if isinstance(error, DynLRPError):
@@ -214,7 +227,28 @@ def capture(
                 f"a model without weights is looked at with fake tensors, and this one needs numbers: "
                 f"{type(error).__name__}: {error}. Build it with weights, smaller if need be."
             ) from error
-    return settle(model, inputs, target, **options), False  # numbers may help; else the same goes wrong again
+    return Captured(*settle(model, inputs, target, **options), False, model)  # else the same goes wrong again
+
+
+def idle(captured: Captured) -> dict[str, int]:
+    """The outermost modules none of whose parameters and operations are in the graph: their number of parameters."""
+    model, (graph, path) = captured.model, (captured.settled.graph, captured.settled.path)
+    if not isinstance(model, nn.Module):
+        return {}
+    leaves = {id(node.variable) for name, node in zip(graph.names, graph.nodes, strict=True) if name == LEAF}
+    places = {path(node._sequence_nr()) for name, node in zip(graph.names, graph.nodes, strict=True) if name != LEAF}
+    places |= {name.rpartition(".")[0] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in leaves}
+    busy = {""}
+    for place in places:
+        while place not in busy:
+            busy.add(place)
+            place = place.rpartition(".")[0]
+    found = {}
+    for name, module in model.named_modules():
+        parameters = sum(p.numel() for p in module.parameters())
+        if name not in busy and name.rpartition(".")[0] in busy and parameters:
+            found[name] = parameters
+    return found
 
 
 def copies(settled: Settled) -> set[int]:

@@ -30,8 +30,8 @@ SHOWN = 250
 def graph_of(entry: Entry, composite: str = "auto") -> nx.DiGraph[int]:
     """The operations of a model of the zoo; see :func:`to_networkx`."""
     example = entry.build()
-    (settled, _), _ = capture(example.model, example.inputs, composite=composite, allow_training=example.random)
-    return to_networkx(settled)
+    captured = capture(example.model, example.inputs, composite=composite, allow_training=example.random)
+    return to_networkx(captured.settled)
 
 
 def to_networkx(settled: Settled) -> nx.DiGraph[int]:

@@ -167,6 +167,20 @@ def problems(reports: Iterable[Coverage]) -> list[tuple[str, str, str, str]]:
     return found
 
 
+TOWER = 0.05
+"""Share of a model's parameters from which on a module that takes no part is told."""
+
+
+def towers(reports: Iterable[Coverage]) -> list[tuple[str, str, str]]:
+    """Modules of some size that take no part in what was explained: model, path, and share of its parameters."""
+    return [
+        (report.model, path, f"{100 * parameters / report.parameters:.0f} %")
+        for report in reports
+        for path, parameters in report.idle.items()
+        if parameters >= TOWER * report.parameters
+    ]
+
+
 def _place(report: Coverage, one: Uncovered | Unbalanced, what: str) -> tuple[str, str, str, str]:
     nodes = f"{one.nodes} nodes. " if one.nodes > 1 else ""
     return report.model, one.path or "the model itself", one.operation, nodes + what
@@ -202,7 +216,7 @@ def to_csv(reports: Sequence[Coverage]) -> str:
         "verified", "promises", "replayed", "delta", "rho", "runs", "seconds", "error",
     ]  # fmt: skip
     checked = ("residual", "gradient_seconds", "explain_seconds")
-    writer.writerow([*flat, "operations", "operations_covered", "roles", "uncovered", *checked])
+    writer.writerow([*flat, "operations", "operations_covered", "roles", "uncovered", "idle", *checked])
     for report in reports:
         check = report.verification
         writer.writerow(
@@ -212,6 +226,7 @@ def to_csv(reports: Sequence[Coverage]) -> str:
                 report.operations_covered,
                 " ".join(f"{name.replace(' ', '_')}={count}" for name, count in report.roles.items()),
                 " ".join(dict.fromkeys(gap.operation for gap in report.uncovered)),
+                " ".join(report.idle),
                 *("" if check is None else getattr(check, name) for name in checked),
             ]
         )
@@ -224,6 +239,8 @@ def to_markdown(reports: Sequence[Coverage]) -> str:
     wrong = problems(reports)
     if wrong:
         parts.append(table(wrong, PROBLEM))
+    if towers(reports):
+        parts.append(table(towers(reports), TOWERS, TOWERS[2:]))
     if is_paper(reports):
         parts.append(PAPER)
     return "\n\n".join(parts) + "\n"
@@ -231,6 +248,8 @@ def to_markdown(reports: Sequence[Coverage]) -> str:
 
 PROBLEM = ("model", "where", "operation", "what")
 """The columns of :func:`problems`."""
+TOWERS = ("model", "takes no part", "of the parameters")
+"""The columns of :func:`towers`."""
 
 
 def models_table(reports: Sequence[Coverage], without: Sequence[str] = ()) -> str:

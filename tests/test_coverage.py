@@ -82,6 +82,36 @@ def test_a_hand_made_gate_has_its_role_and_its_promises() -> None:
     )
 
 
+class Tower(nn.Module):
+    """Two encoders, of which the second runs where it gets something, and a table that is read without a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.image = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        self.table, self.pooler = nn.Embedding(2, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        made = self.text(x) + self.table.weight[0]
+        made = made if y is None else made + self.image(y)
+        return made, self.pooler(made)
+
+
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_takes_no_part_is_told(read: bool, frozen: bool) -> None:
+    model = Tower().eval()
+    model.text.requires_grad_(not frozen)
+    if read:
+        model.register_forward_pre_hook(lambda module, given: given[0].sum().item() and None)  # needs numbers
+    x = torch.rand(1, 4)
+    report = coverage(model, (x,), output=0)
+    assert report.fake != read
+    assert report.idle == {"image": 15, "pooler": 12}
+    assert coverage(model, (x, x), output=0).idle == {"pooler": 12}
+    assert coverage(model, (x, x), output=1).idle == {}
+    assert coverage(Apply(lambda x: x * 2), x).idle == {}
+
+
 def test_an_operation_without_a_rule_is_a_gap() -> None:
     model = nn.Sequential(nn.Linear(4, 4), Apply(Opaque.apply), nn.Linear(4, 3)).eval()
     report = coverage(model, torch.randn(2, 4))
@@ -123,7 +153,7 @@ def test_no_numbers_are_needed(name: str, frozen: bool) -> None:
     """
     model, inputs, target = sample(name)
     model.requires_grad_(not frozen)
-    (one, runs), fake = capture(model, inputs, target)
+    one, runs, fake, _ = capture(model, inputs, target)
     other, real_runs = settle(model, inputs, target)
     assert fake
     assert runs == real_runs
@@ -166,7 +196,7 @@ def test_writes_into_views_are_judged_without_numbers(name: str) -> None:
         return y
 
     x = torch.randn(4, 32)
-    (settled, _), fake = capture(Apply(model), x)
+    settled, _, fake, _ = capture(Apply(model), x)
     assert [f for index, f in settled.facts().items() if "CopySlices" in settled.graph.names[index]] == [passes]
     assert fake
 

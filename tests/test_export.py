@@ -38,7 +38,7 @@ class Gated(nn.Module):
 
 
 def graph_of(model: nn.Module, *shape: int) -> nx.DiGraph[int]:
-    (settled, _), _ = capture(model.eval(), torch.randn(shape))
+    settled = capture(model.eval(), torch.randn(shape)).settled
     return to_networkx(settled)
 
 

@@ -32,6 +32,7 @@ MUL, ADD = ("MulBackward0", "product", ("Share",)), ("AddBackward0", "addition",
 GOOD = Coverage(
     "family/good", modality="text", composite="auto", parameters=1234, nodes=10, leaves=3, reached=9, covered=10,
     operations=(OperationCount(*MUL, 4, 3, 4), OperationCount(*ADD, 6, 6, 6)), roles={"gate": 2, "self gate": 1},
+    idle={"vision_tower": 617, "pooler": 61},
     promises=5, replayed=2, delta=1, rho=0.25, seconds=0.5,
     verification=passed(MulBackward0=(3, 3), AddBackward0=(6, 6)),
 )  # fmt: skip
@@ -107,8 +108,14 @@ def test_nothing_that_is_wrong_is_hidden() -> None:
     assert report.problems([GOOD]) == []
 
 
+def test_towers_that_take_no_part_are_told() -> None:
+    """A twentieth of 1,234 parameters is 61.7: the pooler is no tower."""
+    assert report.towers(ALL) == [("family/good", "vision_tower", "50 %")]
+
+
 def test_markdown() -> None:
     text = report.to_markdown(ALL)
+    assert "| family/good | vision_tower | 50 % |" in text
     rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
     assert {len(row) for row in rows[:6]} == {len(report.COLUMNS)}
     cells = dict(zip(report.COLUMNS, (cell.strip() for cell in rows[2]), strict=True))
@@ -126,6 +133,7 @@ def test_csv() -> None:
     rows = list(csv.DictReader(io.StringIO(report.to_csv(ALL))))
     assert [row["model"] for row in rows] == [one.model for one in ALL]
     assert rows[0]["roles"] == "gate=2 self_gate=1"
+    assert rows[0]["idle"] == "vision_tower pooler"
     assert (rows[1]["uncovered"], rows[1]["operations"], rows[1]["operations_covered"]) == ("OpaqueBackward", "2", "1")
     assert float(rows[2]["residual"]) == 0.25
     assert rows[3]["error"] == FAILED.error

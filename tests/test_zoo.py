@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from dynlrp import zoo
-from dynlrp.report import PAPER_ROWS
+from dynlrp.report import PAPER_ROWS, towers
 from dynlrp.zoo import ZooError, examine, find
 from dynlrp.zoo.families import model_types
 
@@ -195,6 +195,45 @@ def test_a_shape_is_that_of_the_main_input(tmp_path: Path) -> None:
     (wrong,) = find(str(tmp_path / "image"), (1, 3, 96, 96))
     with pytest.raises(ZooError, match=r"\(96\*96\) doesn't match"):
         wrong.build()
+
+
+SEEING = ["llava", "qwen2_vl", "gemma3", "blip-2", "llava_next", "voxtral", "t5gemma2", "mllama"]
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_towers_for_images_and_sound_take_part(name: str) -> None:
+    """But for the last layer, where a model reads the one before, and a tower's own head."""
+    report = examine(find(f"family/{name}")[0])
+    assert report.modality == "multimodal"
+    assert [path for _, path, _ in towers([report]) if ".layers." not in path and not path.endswith(".head")] == []
+
+
+def test_places_are_held_for_features() -> None:
+    """Eight patches of a picture, with the tokens around them, behind the first two of the text."""
+    example = find("family/qwen2_vl")[0].build()
+    config = example.model.model.config
+    image, start, end = config.image_token_id, config.vision_start_token_id, config.vision_end_token_id
+    ids, kinds = example.inputs["input_ids"], example.inputs["mm_token_type_ids"]
+    assert ids[0, 2:8].tolist() == [start, *[image] * 4, end]
+    assert kinds[0].tolist() == [*[0] * 3, *[1] * 4, *[0] * 2, *[2] * 4, *[0] * 11]
+    assert (ids == image).sum() == 2 * 4
+    assert example.inputs["pixel_values"].shape[0] == 2 * 16  # four patches are one feature
+
+
+def test_a_folder_of_a_model_that_sees(tmp_path: Path) -> None:
+    """Without weights too, where nobody can count the tokens that hold a place."""
+    small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**small, image_size=28, patch_size=14),
+        text_config=transformers.LlamaConfig(**small, vocab_size=128, num_key_value_heads=2),
+        image_token_index=90, architectures=["LlavaForConditionalGeneration"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    (entry,) = find(str(tmp_path))
+    inputs = entry.build().inputs
+    assert (inputs["input_ids"] == 90).sum() == 2 * 4
+    report = examine(entry, verify=True)
+    assert (report.fake, report.modality, report.status) == (True, "multimodal", "verified")
+    assert [path for _, path, _ in towers([report])] == ["model.model.vision_tower.encoder.layers.2"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "family/bert", "paper/gpt*"])

@@ -21,6 +21,7 @@ def mrope(*parts: int) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(parts)}
 
 
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SERIES = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3], "num_time_features": 1}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), SERIES),
@@ -52,8 +53,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "blt": {"encoder_hash_byte_group_vocab": 100},
-    "lfm2_moe": {"num_dense_layers": 1},
+    "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "token_dropout": False},
     "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.3, "hidden_dim": 640},
@@ -73,14 +73,25 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    **{
+        n: {
+            p + "layer_types": ["sliding_attention", "full_attention"],
+            p + "rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE},
+        }
+        for n, p in (("cohere_compass_text", ""), ("cohere_compass", "text_config."))
+    },
     **{n: {"window_size": 4, "image_size": 128} for n in ("swin", "donut-swin", "maskformer-swin")},
     "mask2former": {"backbone_config.window_size": 4, "backbone_config.image_size": 128},
     "maskformer": {"backbone_config.window_size": 4, "backbone_config.image_size": 128},
     "swinv2": {"window_size": 4},
     "sam2_hiera_det_model": {"hidden_size": 12},
     "sam2_vision_model": {"backbone_config.hidden_size": 12, "backbone_channel_list": [96, 48, 24, 12]},
-    "sam2": {"vision_config.backbone_config.hidden_size": 12, "vision_config.backbone_channel_list": [96, 48, 24, 12]},
+    "sam2": {
+        "vision_config.backbone_config.hidden_size": 12,
+        "vision_config.backbone_channel_list": [96, 48, 24, 12],
+        "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    },
+    "sam3_tracker": {"vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     "granite_speech5_encoder": {"context_size": 8},
     "granite_speech5_ctc": {"encoder_config.context_size": 8},
     "glm5_next_text": {"index_topk": 16},
@@ -89,7 +100,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "muse_spark_audio": {"num_hidden_layers": DROP},
     "chameleon": {"vocabulary_map": {"<image>": 5}},
     "emu3": {"vocabulary_map": {"<image>": 5}},
-    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "lilt": {"hidden_size": 96},
     "seggpt": {"image_size": [128, 64]},
@@ -105,15 +116,18 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "lw_detr": {"backbone_config.out_features": ["stage1", "stage2"], "projector_scale_factors": [1.0]},
     "rf_detr": {"backbone_config.out_features": ["stage1", "stage2"]},
-    "hunyuan_vl_text": {
-        "head_dim": 16,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "xdrope_section": [2, 2, 2, 2]},
+    **{
+        n: {
+            p + "head_dim": 16,
+            p + "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "xdrope_section": [2, 2, 2, 2]},
+        }
+        for n, p in (("hunyuan_vl_text", ""), ("hunyuan_vl", "text_config."))
     },
     "align": {
         "vision_config.width_coefficient": 0.5,
         "vision_config.depth_coefficient": 0.3,
         "vision_config.hidden_dim": 640,
-        "projection_dim": 640,
+        "projection_dim": 160,
     },
     "longformer": {"attention_window": [8, 8]},
     "led": {"attention_window": [8, 8]},
@@ -147,9 +161,63 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "layoutlmv3": {"coordinate_size": 11, "shape_size": 10},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
-    "oneformer": {},
     "textnet": {"hidden_sizes": [64, 64, 128, 256, 512]},
+    "aria": {
+        "image_token_index": 127,
+        "projector_patch_to_query_dict": {4: 4},
+        "max_value_projector_patch_to_query_dict": 4,
+    },
+    **{n: {"image_token_index": 127, "num_query_tokens": 4} for n in ("blip-2", "instructblip")},
+    "instructblipvideo": {"video_token_index": 127, "num_query_tokens": 4},
+    "clap": {
+        "audio_config.spec_size": 64,
+        "audio_config.num_mel_bins": 64,
+        "audio_config.window_size": 2,
+        "audio_config.patch_embeds_hidden_size": 16,
+        "audio_config.hidden_size": 128,
+        "audio_config.depths": [1, 1, 1, 1],
+        "audio_config.num_attention_heads": [1, 2, 4, 8],
+    },
+    "ernie4_5_moe": {"moe_k": 2, "moe_layer_end_index": 1},
+    "kosmos-2": {"latent_query_num": 4},
+    "llama4": {
+        "vision_config.intermediate_size": 256,
+        "vision_config.projector_input_dim": 64,
+        "vision_config.projector_output_dim": 64,
+    },
+    "mllama": {
+        "text_config.cross_attention_layers": [1],
+        "vision_config.intermediate_layers_indices": [0, 1],
+        "vision_config.vision_output_dim": 192,
+    },
+    "clvp": {f"{part}_config.num_attention_heads": 2 for part in ("text", "speech", "decoder")},
+    "mistral4": {"qk_nope_head_dim": 8, "qk_head_dim": 16, "head_dim": 16},
+    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
+    "dory": {"use_cache": False},
+    "blt": {"encoder_hash_byte_group_vocab": 100, "use_cache": False},
+    "hy_v4_vl_text": {"rope_parameters": mrope(2, 1, 1)},
+    "hy_v4_vl": {"text_config.rope_parameters": mrope(2, 1, 1)},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "diffusion_gemma": {
+        "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 64,
+    },
+    "efficientloftr": {"hidden_size": 64, "out_features": [16, 16, 32, 64], "num_attention_heads": 4},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
+    "pocket_tts": {"flow_head_config.condition_dim": 64},
+    "gradium_phonon_tts": {"flow_head_config.condition_dim": 64},
+    "voxtral": {"audio_token_id": 127},
+    **{n: {"image_token_id": 127} for n in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")},
+    "tvp": {"max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2},
+    "xclip": {"vision_config.mit_hidden_size": 64, "vision_config.mit_intermediate_size": 128},
+    "step3p7": {"text_config.sliding_window": 6},
     "timesfm": {"patch_length": 8, "horizon_length": 8, "context_length": 32},
 }
+CLASSES = {
+    "musicgen": "MusicgenForConditionalGeneration",
+    "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+}
+"""Types whose class without a head is made from another configuration than their own."""
 RANDOM = ("informer", "reformer", "univnet", "vilt", "vit_mae", "vits")
 """Types that draw random numbers in their forward pass."""

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING, MODEL_MAPPING_NAMES
 
 from dynlrp.zoo.entry import Example, ZooError
-from dynlrp.zoo.exceptions import EXCEPTIONS, RANDOM
+from dynlrp.zoo.exceptions import CLASSES, EXCEPTIONS, RANDOM
 from dynlrp.zoo.inputs import candidates
 from dynlrp.zoo.shrink import shrunk
 
@@ -55,7 +55,7 @@ def model_types() -> list[str]:
 
 def class_name(model_type: str) -> str:
     """The name of the class without a head for a type; nothing is imported."""
-    name = MODEL_MAPPING_NAMES[model_type]
+    name = CLASSES.get(model_type, MODEL_MAPPING_NAMES[model_type])
     return name if isinstance(name, str) else name[0]
 
 
@@ -132,4 +132,5 @@ def copied(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def build(name: str, attention: str = "default", head: str = "", seed: int = 0) -> Example:
     """A small model of this type, or of the class with a head named ``head``, and inputs that it takes."""
+    head = head or CLASSES.get(name, "")
     return small(small_config(name), getattr(transformers, head) if head else None, attention, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,8 @@ from dynlrp.zoo.exceptions import EXCEPTIONS
 from dynlrp.zoo.families import FirstOutput, fitting, model_class, small
 from dynlrp.zoo.inputs import candidates
 from dynlrp.zoo.shrink import shrunk
+
+CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
 
 def entry(folder: Path, shape: tuple[int, ...] | None = None) -> Entry:
@@ -78,7 +81,7 @@ def _large(config: PretrainedConfig, shape: tuple[int, ...] | None) -> Example:
         model = _class(config)(config)
     if isinstance(config.dtype, torch.dtype):
         model.to(config.dtype)
-    wrapped = FirstOutput(model).eval()
+    wrapped = _Unchecked(model).eval()
     return Example(wrapped, fitting(_Fake(wrapped), _typed(candidates(model, config, shape), config.dtype)))
 
 
@@ -89,6 +92,22 @@ def _typed(offers: Iterator[dict[str, Any]], dtype: Any) -> Iterator[dict[str, A
             name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
             for name, value in inputs.items()
         }
+
+
+class _Unchecked(FirstOutput):
+    """Without the checks of transformers that look at numbers, such as whether there are as many features of images as
+    tokens that hold their place."""
+
+    def forward(self, **inputs: Any) -> Tensor:
+        before = os.environ.get(CHECKS)
+        os.environ[CHECKS] = "1"
+        try:
+            return super().forward(**inputs)
+        finally:
+            if before is None:
+                del os.environ[CHECKS]
+            else:
+                os.environ[CHECKS] = before
 
 
 class _Fake(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from dynlrp.zoo.placeholders import held, mixed
 from dynlrp.zoo.shrink import IMAGE, LENGTH, VOCABULARY, WIDTH, words
 
 INPUTS: dict[str, dict[str, Callable[[PretrainedConfig], Any]]] = {
@@ -19,6 +20,67 @@ INPUTS: dict[str, dict[str, Callable[[PretrainedConfig], Any]]] = {
         "decoder_input_values": lambda c: torch.randn(2, 7, WIDTH),
     },
     "xcodec": {"input_values": lambda c: torch.randn(2, 1, 3200)},
+    **{
+        name: {"future_values": lambda c: torch.randn(2, 4), "future_time_features": lambda c: torch.randn(2, 4, 1)}
+        for name in ("autoformer", "informer", "time_series_transformer")  # else the decoder does not run
+    },
+    "blip-2": {"input_ids": lambda c: held(_ids(c), c.image_token_index, c.num_query_tokens)},
+    "instructblip": {"input_ids": lambda c: held(_ids(c), c.image_token_index, c.num_query_tokens)},
+    "instructblipvideo": {
+        "input_ids": lambda c: held(_ids(c), c.video_token_index, 2 * c.num_query_tokens),
+        "pixel_values": lambda c: _video(c),
+    },
+    "blip_2_qformer": {
+        "query_embeds": lambda c: torch.randn(2, 6, c.hidden_size),
+        "encoder_hidden_states": lambda c: torch.randn(2, 5, c.encoder_hidden_size),
+    },
+    "clap": {
+        "input_features": lambda c: torch.randn(2, 1, 64, 64),
+        "is_longer": lambda c: torch.zeros(2, 1, dtype=torch.bool),
+    },
+    "idefics": {
+        "pixel_values": lambda c: _image(c).unsqueeze(1),
+        "image_attention_mask": lambda c: torch.ones(2, LENGTH, 1, dtype=torch.long),
+    },
+    "kosmos-2": {
+        "image_embeds_position_mask": lambda c: torch.tensor([[0, *[1] * c.latent_query_num, *[0] * 7]] * 2).bool(),
+    },
+    "mllama": {
+        "pixel_values": lambda c: torch.randn(2, 1, 4, 3, 64, 64),
+        "aspect_ratio_ids": lambda c: torch.ones(2, 1, dtype=torch.long),
+        "aspect_ratio_mask": lambda c: torch.ones(2, 1, 4, dtype=torch.long),
+        "cross_attention_mask": lambda c: torch.ones(2, LENGTH, 1, 4, dtype=torch.long),
+    },
+    **{
+        name: {"decoder_input_ids": lambda c: torch.randint(0, 64, (2 * c.decoder.num_codebooks, 7))}
+        for name in ("musicgen", "musicgen_melody")
+    },
+    "kyutai_speech_to_text": {"input_ids": lambda c: torch.randint(5, 60, (2, LENGTH, c.num_codebooks + 1))},
+    "gemma4_audio": {"input_features": lambda c: torch.randn(2, 64, 128)},
+    **{
+        name: {
+            "input_features": lambda c: torch.randn(2, 32, 7 * _mels(c)),  # seven frames at once
+            "input_features_mask": lambda c: torch.ones(2, 32, dtype=torch.long),
+        }
+        for name in ("fun_asr_nano", "fun_asr_nano_encoder")
+    },
+    "musicflamingo": {
+        "input_ids": lambda c: held(_ids(c), c.audio_token_id, 16),
+        "input_features_mask": lambda c: torch.ones(2, 64, dtype=torch.long),
+    },
+    "moss_transcribe_diarize": {
+        "input_ids": lambda c: held(_ids(c), c.audio_token_id, 8),
+        "input_features_mask": lambda c: torch.ones(2, 64, dtype=torch.long),
+    },
+    "qwen2_audio": {
+        "input_ids": lambda c: held(_ids(c), c.audio_token_index, 32),
+        "feature_attention_mask": lambda c: torch.ones(2, 128, dtype=torch.long),
+    },
+    "seggpt": {
+        name: lambda c: torch.randn(2, 3, 64, 64) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    },
+    "muse_spark_audio": {"input_values": lambda c: torch.randn(2, 3840)},
+    "efficientloftr": {"pixel_values": lambda c: torch.randn(1, 2, 1, 64, 64)},
 }
 """Inputs that no candidate fits."""
 
@@ -68,7 +130,12 @@ def _video(config: PretrainedConfig) -> Tensor:
 
 def _mels(config: PretrainedConfig) -> int:
     return first(field(config, "num_mel_bins", "n_mels", "feature_projection_input_dim", "input_dim",
-                       "input_feat_per_channel", "num_mels", default=16), 16)  # fmt: skip
+                       "input_feat_per_channel", "num_mels", "feature_size", default=16), 16)  # fmt: skip
+
+
+def _window(config: PretrainedConfig) -> int:
+    """Frames of sound that an encoder takes at once."""
+    return 2 * first(field(config, "n_window", default=50), 50)
 
 
 def _patches(config: PretrainedConfig) -> Tensor:
@@ -111,8 +178,17 @@ CANDIDATES: dict[str, list[Callable[[PretrainedConfig], Any]]] = {
         lambda c: torch.randn(2, _mels(c), 64),
         lambda c: torch.randn(2, 1, 64, _mels(c)),
         lambda c: torch.randn(2, _mels(c), 32),
+        lambda c: torch.randn(2, _mels(c), _window(c)),
         lambda c: torch.randn(2, 1, field(c, "spec_size", default=64), field(c, "spec_size", default=64)),
     ],
+    "video_grid_thw": [lambda c: torch.tensor([[1, 4, 4], [1, 4, 4]])],
+    "image_sizes": [lambda c: torch.tensor([_image(c).shape[2:]] * 2)],
+    "high_res_pixel_values": [_image],
+    "images_per_sample": [lambda c: torch.tensor([1, 1])],
+    "target_sizes": [lambda c: torch.tensor([[4, 4], [4, 4]])],
+    "image_merge_sizes": [lambda c: torch.tensor([1, 1])],
+    "video_merge_sizes": [lambda c: torch.tensor([1, 1])],
+    "feature_attention_mask": [lambda c: torch.ones(2, 64, dtype=torch.long)],
     "grid_thw": [lambda c: torch.tensor([[1, 4, 4], [1, 4, 4]])],
     "image_grid_thw": [lambda c: torch.tensor([[1, 4, 4], [1, 4, 4]])],
     "spectrogram": [lambda c: torch.randn(2, 16, _mels(c))],
@@ -148,7 +224,9 @@ CANDIDATES: dict[str, list[Callable[[PretrainedConfig], Any]]] = {
     "speech_input_features": [lambda c: torch.randn(2, 64, _mels(c))],
     "visual_attention_mask": [lambda c: torch.ones(2, 5)],
     "past_values_padding": [lambda c: torch.zeros(2, 32, dtype=torch.long)],
-    "input_features_mask": [lambda c: torch.ones(2, 64, dtype=torch.long)],
+    "input_features_mask": [
+        lambda c: torch.ones(2, 64, dtype=torch.long), lambda c: torch.ones(2, _window(c), dtype=torch.long)
+    ],
     "pixel_attention_mask": [lambda c: torch.ones(2, 16, dtype=torch.long)],
     "spatial_shapes": [lambda c: torch.tensor([[4, 4], [4, 4]])],
     "merge_sizes": [lambda c: torch.tensor([1, 1])],
@@ -178,10 +256,12 @@ def _boxes() -> Tensor:
     return torch.cat([corner, corner + torch.randint(1, 30, (2, LENGTH, 2))], -1)
 
 
+SENSES = words("pixel_values input_values input_features visual_feats pixel_values_videos")
+"""Inputs that are no text."""
 EXTRAS = words(
     """
     input_ids decoder_input_ids bbox pixel_values input_values input_features visual_feats visual_pos qformer_input_ids
-    pixel_attention_mask spatial_shapes
+    pixel_attention_mask spatial_shapes input_features_mask actions rewards returns_to_go timesteps
     """
 )
 """Inputs that a model may want although its signature does not say so."""
@@ -193,6 +273,7 @@ def candidates(
     """Example inputs that may fit, the likeliest first. ``shape``: of the main input."""
     parameters = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", None) or "input_ids"
+    main = main if isinstance(main, str) else main[0]
     own = INPUTS.get(config.model_type, {})
     if shape is not None:
         own = {**own, main: lambda c: _ids(c, shape[1:], shape[0]) if main.endswith("_ids") else torch.randn(shape)}
@@ -206,10 +287,17 @@ def candidates(
     for extra in EXTRAS:
         if extra in parameters and extra not in both:
             both.append(extra)
+    if main == "input_ids":
+        ids = own[main](config) if main in own else _ids(config)
+        decoded = {"decoder_input_ids": _ids(config, 7)} if "decoder_input_ids" in parameters else {}
+        options = {**CANDIDATES, **{name: [make] for name, make in own.items()}}
+        for made in mixed(model, config, options, ids):
+            yield {**made, **decoded}
     plain = [n for n in both if n in needed or n in ("decoder_input_ids", "bbox")]
     every = [*both, "attention_mask"] if "attention_mask" in parameters else both
-    for names in dict.fromkeys(map(tuple, (needed, plain, both, every))):
-        options = [[own[n]] if n in own else CANDIDATES.get(n, [lambda c: None]) for n in names]
-        for makers in itertools.islice(itertools.product(*options), 24):
+    several = any(n in both for n in SENSES) and "input_ids" in both
+    for names in dict.fromkeys(map(tuple, (both, every, plain, needed) if several else (needed, plain, both, every))):
+        choices = [[own[n]] if n in own else CANDIDATES.get(n, [lambda c: None]) for n in names]
+        for makers in itertools.islice(itertools.product(*choices), 24):
             made = {n: make(config) for n, make in zip(names, makers, strict=True)}
             yield {n: v for n, v in made.items() if v is not None}

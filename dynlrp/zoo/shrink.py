@@ -28,8 +28,8 @@ WIDTHS = words(
     lru_width mask_downsampler_embed_dim mask_feature_size memory_attention_hidden_size
     memory_encoder_hidden_size memory_encoder_output_channels memory_fuser_embed_dim n_embd out_hidden_size
     output_channels output_dim output_hidden_size patch_embed_hidden_size pred_hidden_size projection_dim
-    projection_size projector_hidden_size text_hidden_size thinker_hidden_size vision_hidden_size
-    vision_output_dim word_embed_proj_dim
+    projection_size projector_hidden_size text_hidden_size thinker_hidden_size
+    vector_quantization_hidden_dimension vision_hidden_size vision_output_dim word_embed_proj_dim
     """
 )
 FEED_FORWARD = words(
@@ -131,6 +131,7 @@ FIXED = {
     "spkr_embed_dim": 16,
     "unit_hifi_gan_vocab_size": 50,
     "num_groups": 8,
+    "mm_tokens_per_image": 4,
 }
 RANGES = {name: size for names, size in (
     (WIDTHS, WIDTH), (FEED_FORWARD, 2 * WIDTH), (DEPTHS, 2), (HEAD_COUNTS, HEADS), (HEAD_SIZES, WIDTH // HEADS),
@@ -237,16 +238,15 @@ def sections(value: list[int]) -> list[int]:
 SPECIAL = words(
     """
     image video audio vision_start vision_end user boi eoi boa eoa start end mask bos eos pad sep cls
+    image_start image_end video_start video_end audio_start audio_end
     """
 )
 
 
 def special(name: str) -> int:
     """A number of its own for every kind of special token."""
-    for number, start in enumerate(SPECIAL):
-        if name.startswith(start):
-            return number
-    return len(SPECIAL) + sum(map(ord, name)) % 20
+    known = [start for start in SPECIAL if name.startswith(start)]
+    return SPECIAL.index(max(known, key=len)) if known else len(SPECIAL) + sum(map(ord, name)) % 20
 
 
 def scaled(sizes: Any) -> list[int]:
@@ -260,6 +260,9 @@ def quarter(sizes: Any) -> list[int]:
 
 
 LISTS: dict[str, Callable[[Any], Any]] = {
+    "deepstack_visual_indexes": lambda v: [0, 1],
+    "vision_feature_layer": lambda v: [1 - i % 2 for i, _ in enumerate(v)],
+    "image_grid_pinpoints": lambda v: [[IMAGE, IMAGE]],
     "depths": lambda v: [min(d, 2 - min(i, 1)) for i, d in enumerate(v)],
     "hidden_sizes": scaled,
     "encoder_hidden_sizes": scaled,
