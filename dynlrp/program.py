@@ -88,11 +88,12 @@ class Program:
             raise NonFiniteError("relevance is not finite")
         return explanation
 
-    def compile(self, **options: Any) -> None:
+    def compile(self, **options: Any) -> Program:
         """Give the program to ``torch.compile``, with its options: ``backend="cudagraphs"`` runs it on a CUDA device
-        without Python in between, ``mode="max-autotune"`` makes kernels of its own. Relevance then agrees up to
-        rounding."""
+        without Python in between, ``backend="inductor"`` makes kernels of its own. Relevance then agrees up to
+        rounding. The next call compiles; returns the program."""
         self._function, self._compiled = torch.compile(self.module, fullgraph=True, dynamic=False, **options), True
+        return self
 
     def _tensors(self, inputs: Any) -> list[Tensor]:
         leaves, spec = pytree.tree_flatten(as_dicts(inputs))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dynlrp import explain, explain_many
+from dynlrp import explain, explain_many, trace
 from tests.conftest import SAMPLES, sample
 from tests.peers import models as peers
 
@@ -59,6 +59,22 @@ def test_models_equal_the_cpu(name: str, composite: str) -> None:
         found = explain(model, moved(inputs, torch.float32), target, composite=composite)
         close(found.tensors()[0], expected.tensors()[0], SINGLE)
         assert found.ledger.closes
+    finally:
+        model.to("cpu", torch.float64)
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet", "vit", "bert", "gpt2", "llama"])
+def test_programs_in_one_launch_equal_the_cpu(name: str) -> None:
+    model, inputs, target = sample(name)
+    other = {**inputs, "input_ids": inputs["input_ids"].roll(1)} if isinstance(inputs, dict) else inputs.flip(0) * 0.9
+    try:
+        expected = [explain(model, given, target) for given in (inputs, other)]
+        model.to("cuda", torch.float32)
+        program = trace(model, moved(inputs, torch.float32), target).compile(backend="cudagraphs")
+        found = [program(moved(given, torch.float32)) for given in (inputs, other, inputs, other)]
+        for ours, theirs in zip(found, expected * 2, strict=True):
+            close(ours.tensors()[0], theirs.tensors()[0], SINGLE)
+            assert ours.ledger.closes
     finally:
         model.to("cpu", torch.float64)
 

@@ -134,8 +134,7 @@ def test_everything_stays_as_it_is() -> None:
 def test_compiled_programs_agree() -> None:
     model = convolutions()
     inputs = draw(1, 2, 3, 12, 12)
-    program = trace(model, inputs, layers="2")
-    program.compile(backend="aot_eager")
+    program = trace(model, inputs, layers="2").compile(backend="aot_eager")
     first = program(inputs)
     kept = first.relevance.clone()
     program(others(inputs))
