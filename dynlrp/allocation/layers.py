@@ -63,7 +63,7 @@ class Layer:
     @property
     def output_axis(self) -> int:
         """The axis of the weight that counts output channels: 0, but 1 in ``Conv1D`` of transformers."""
-        return int(_is_transposed(self.module))
+        return output_axis(self.module)
 
 
 def find_layers(model: nn.Module, names: str | Iterable[str] = "*") -> dict[str, Layer]:
@@ -106,15 +106,21 @@ def left_out(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         reason = next((reason for kind, reason in REASONS.items() if isinstance(module, kind)), "")
-        if not reason and _is_kind(module) and not _holds_weight(module):
+        if not reason and is_linear(module) and not _holds_weight(module):
             reason = "its weight is computed from other parameters, or is not made yet"
         if reason:
             found[name] = reason
     return found
 
 
-def _is_kind(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map or a convolution."""
     return isinstance(module, KINDS) or _is_transposed(module)
+
+
+def output_axis(module: nn.Module) -> int:
+    """The axis of a module's weight that counts output channels: 0, but 1 in ``Conv1D`` of transformers."""
+    return int(_is_transposed(module))
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -126,7 +132,7 @@ def _is_transposed(module: nn.Module) -> bool:
 
 def _holds_weight(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
-    return _is_kind(module) and weight is not None and weight.is_floating_point() and not _is_lazy(weight)
+    return is_linear(module) and weight is not None and weight.is_floating_point() and not _is_lazy(weight)
 
 
 def _is_lazy(weight: nn.Parameter) -> bool:
