@@ -23,7 +23,6 @@ from torch.nn.utils import prune
 from dynlrp.allocation.calibration import Calibration
 from dynlrp.allocation.calibration import batch_size as samples_of
 from dynlrp.allocation.layers import is_linear, output_axis
-from dynlrp.capture import same_state, survey
 from dynlrp.composite import Composite
 from dynlrp.errors import InputError
 from dynlrp.explain import explain
@@ -171,14 +170,16 @@ def _heads(model: nn.Module, name: str, count: int) -> _Place:
     return _Place(f"{name}:input", -1, inputs, count, name, axis)
 
 
-def _batches(model: nn.Module, calibration: Calibration) -> Iterator[Any]:
-    """All batches, with the random state, the buffers and the mode as they were."""
-    _, buffers = survey(model, allow_training=False)
+def _explained(
+    model: nn.Module, calibration: Calibration, ask: Callable[[Any], Explanation]
+) -> Iterator[tuple[Explanation, int]]:
+    """An explanation for each batch, and how many samples it is of."""
     empty = True
-    with torch.inference_mode(False), same_state(buffers, allow_training=True):  # a loader may shuffle
-        for batch in calibration.batches(model):
-            yield batch
-            empty = False
+    for batch in calibration.batches(model):
+        with torch.inference_mode(False):
+            found = ask(batch)
+        yield found, samples_of(batch)
+        empty = False
     if empty:
         raise InputError("the calibration holds no batch")
 
@@ -224,10 +225,12 @@ def unit_relevance(
     sums = {place.tensor: torch.zeros(2, place.units, dtype=torch.float64) for place in places}
     if len(sums) < len(places):
         raise InputError(f"heads={heads} names a layer twice")
+
+    def ask(batch: Any) -> Explanation:
+        return explain(model, batch, target, composite=composite, layers=list(sums), output=output)
+
     count = 0
-    for batch in _batches(model, Calibration(calibration, batch_size, samples)):
-        size = samples_of(batch)
-        explanation = explain(model, batch, target, composite=composite, layers=list(sums), output=output)
+    for explanation, size in _explained(model, Calibration(calibration, batch_size, samples), ask):
         for place in places:
             share = place.shares(explanation, size)
             sums[place.tensor] += torch.stack([share if signed else share.abs(), share.square()]).sum(1)
@@ -306,15 +309,18 @@ def weight_relevance(
     Args:
         parameters: names or globs; the rest as in :func:`unit_relevance`.
     """
+
+    def ask(batch: Any) -> Explanation:
+        return explain(model, batch, target, composite=composite, parameters=parameters, output=output)
+
     total: dict[str, Tensor] = {}
     count = 0
-    for batch in _batches(model, Calibration(calibration, batch_size, samples)):
-        explanation = explain(model, batch, target, composite=composite, parameters=parameters, output=output)
+    for explanation, size in _explained(model, Calibration(calibration, batch_size, samples), ask):
         for name, found in explanation.parameters.items():
             if found is not None:
                 found = found.detach().to("cpu", torch.float64)
                 total[name] = total[name] + found if name in total else found
-        count += samples_of(batch)
+        count += size
     return {name: (found / count).float() for name, found in total.items()}
 
 

@@ -139,7 +139,7 @@ def test_pins(net: Net) -> None:
     found = allocate(net, X, 11, score="uniform", pinned={"*": 4, "head": 7, "stem": None})
     assert found.bits == {"query": 4, "key": 4, "value": 4, "head": 7}
     kept = allocate(net, X, 11, (4, 8), score="uniform", pinned={"stem": None})
-    assert torch.equal(kept.apply().stem.weight, net.stem.weight)
+    assert torch.equal(kept.apply(tool="float").stem.weight, net.stem.weight)
     with pytest.raises(InputError, match="pinned to 1 bits"):
         allocate(net, X, 11, pinned={"head": 1})
     with pytest.raises(InputError, match="pinned= names 'nothing'"):
@@ -164,7 +164,7 @@ def test_options_are_checked(net: Net) -> None:
 def test_apply_rounds_a_copy(net: Net) -> None:
     found = allocate(net, X, 7)
     with unchanged(net, X):
-        applied = found.apply()
+        applied = found.apply(tool="float")
     for name, layer in find_layers(applied).items():
         assert torch.equal(layer.weight, Quantizer().round(find_layers(net)[name], found.bits[name]))
     assert not torch.equal(applied(X), net(X))
@@ -196,7 +196,7 @@ def test_save_and_load(net: Net, tmp_path: Path) -> None:
         assert torch.equal(loaded.scores.mean, found.scores.mean)
         assert torch.equal(loaded.scores.interval()[0], found.scores.interval()[0])
         assert loaded.scores.count == found.scores.count
-        assert torch.equal(loaded.apply(net)(X), found.apply()(X))
+        assert torch.equal(loaded.apply(net, tool="float")(X), found.apply(tool="float")(X))
         with pytest.raises(InputError, match="give the model"):
             loaded.apply()
         other = Net().eval()

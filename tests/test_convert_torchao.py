@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from dynlrp import allocate
 from dynlrp.allocation.convert import torchao_config
 from dynlrp.allocation.layers import find_layers
 from dynlrp.allocation.quantizer import Quantizer
@@ -53,6 +54,18 @@ def test_every_layer_has_its_bits(quantizer: Quantizer) -> None:
     others_are_the_same(made, model, bits)
     agree(made(images()), with_weights(model, weights)(images()))
     assert not torch.equal(made(images()), model(images()))
+
+
+def test_apply() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    x = torch.rand(8, 16)
+    allocation = allocate(model, x, 8.0, score="weight_mse", pinned={"2": 3})
+    made = allocation.apply()
+    agree(made(x), allocation.apply(tool="float")(x))
+    for name, b in allocation.bits.items():
+        assert made.get_submodule(name).weight.target_dtype == getattr(torch, f"int{b}")
+    assert type(model[0].weight) is nn.Parameter
+    assert allocation.bits["2"] == 3
 
 
 def test_half_precision() -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dynlrp._version import __version__
 from dynlrp.allocation.budget import Budget, make_limits, unquantized_size
 from dynlrp.allocation.calibration import Calibration
+from dynlrp.allocation.convert.torchao import torchao_config
 from dynlrp.allocation.divergence import Divergence, Kind
 from dynlrp.allocation.groups import Groups, make_groups, make_pins, pin_groups
 from dynlrp.allocation.layers import Layer, find_layers
@@ -69,15 +70,26 @@ class Allocation:
     model: nn.Module | None = field(default=None)
     """The model, where it was made in this process."""
 
-    def apply(self, model: nn.Module | None = None) -> nn.Module:
-        """A copy of the model whose weights are rounded to their bits, held in floating point.
+    def apply(self, model: nn.Module | None = None, *, tool: Literal["torchao", "float"] = "torchao") -> nn.Module:
+        """A copy of the model with these bits. For other tools, see :mod:`dynlrp.allocation.convert`.
 
         Args:
             model: the one that was given to :func:`allocate` by default.
+            tool: ``torchao`` stores integers of these bits (needs ``dynlrp[torchao]``); ``float`` rounds to the numbers
+                that they stand for and holds those, which every layer can.
+
+        Raises:
+            ConversionError: torchao cannot take a layer.
         """
         original = self._model(model)
         result = copy.deepcopy(original)
         layers = self._layers(result)
+        if tool == "torchao":
+            config = torchao_config(result, self.bits, self.quantizer)
+            from torchao.quantization import quantize_
+
+            quantize_(result, config, filter_fn=None)
+            return result
         with torch.no_grad():
             for name, layer in layers.items():
                 rounded = nn.Parameter(self.quantizer.round(layer, self.bits[name]), layer.weight.requires_grad)
