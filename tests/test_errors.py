@@ -14,8 +14,10 @@ from torch import Tensor, nn
 import dynlrp
 from dynlrp import (
     BrokenPromiseError,
+    BudgetError,
     CompiledModuleError,
     Composite,
+    ConversionError,
     DynLRPError,
     FreedGraphError,
     InputError,
@@ -27,11 +29,13 @@ from dynlrp import (
     TrainingModeError,
     UnknownOperationError,
     When,
+    allocate,
     errors,
     explain,
     relevance,
     rules,
 )
+from dynlrp.allocation.convert import torchao_config
 from dynlrp.rules import REGISTRY, Gamma, Operation
 from dynlrp.rules.operation import FunctionRule
 from tests.conftest import Apply, Opaque, bias_free, close, gradient_x_input
@@ -200,6 +204,10 @@ SITUATIONS: dict[str, tuple[type[DynLRPError], Callable[[], Any], Sequence[str]]
         NonFiniteError,
         lambda: explain(nn.Sequential(Apply(lambda x: x / (x - x)), nn.ReLU()), X),
         ["DivBackward0 in 0"],
+    ),
+    "budget": (BudgetError, lambda: allocate(bias_free(4, 3), X, 1.5), ["average_bits = 1.5", "take from"]),
+    "conversion": (
+        ConversionError, lambda: torchao_config(bias_free(4, 3), {"0": 4, "1": 4}), ["0: its weight is", "1: ", "pinned"]
     ),
 }  # fmt: skip
 
