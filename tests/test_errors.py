@@ -207,7 +207,9 @@ SITUATIONS: dict[str, tuple[type[DynLRPError], Callable[[], Any], Sequence[str]]
     ),
     "budget": (BudgetError, lambda: allocate(bias_free(4, 3), X, 1.5), ["average_bits = 1.5", "take from"]),
     "conversion": (
-        ConversionError, lambda: torchao_config(bias_free(4, 3), {"0": 4, "1": 4}), ["0: its weight is", "1: ", "pinned"]
+        ConversionError,
+        lambda: torchao_config(bias_free(4, 3), {"0": 4, "1": 4}),
+        ["0: its weight is of torch.float64", "1: the model has no such", "pinned"],
     ),
 }  # fmt: skip
 
