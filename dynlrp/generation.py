@@ -22,6 +22,9 @@ from dynlrp.options import OnUnknown, Options
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Text = str | Sequence[int] | Tensor | Mapping[str, Any]
+"""A text, its ids, or what a tokenizer made of it."""
+
 PATIENCE = 2.0
 """Seconds after which a progress bar appears."""
 
@@ -71,9 +74,9 @@ class Generation:
 def explain_generation(
     model: nn.Module,
     tokenizer: Callable[..., Mapping[str, Tensor]],
-    prompt: str | Tensor,
+    prompt: Text,
     *,
-    continuation: str | Sequence[int] | Tensor | None = None,
+    continuation: Text | None = None,
     max_new_tokens: int = 50,
     composite: str | Composite = "auto",
     chunk: int | None = None,
@@ -91,8 +94,9 @@ def explain_generation(
             (and ``decoder_input_ids``), returns ``logits``, has a ``config``, and ``generate`` unless ``continuation``
             is given.
         tokenizer: as of Hugging Face: ``tokenizer(text, return_tensors="pt")["input_ids"]`` and ``decode(ids)``.
-        prompt: a text, or its ids.
-        continuation: the text, or ids, to explain; by default what the model generates greedily.
+        prompt: a text, its ids, or what the tokenizer made of it. Padding is left out: what ``attention_mask`` leaves
+            out, or ids of the padding token where that ends no text, as in ``generate``.
+        continuation: what to explain, in one of these forms; by default what the model generates greedily.
         max_new_tokens: how many tokens it generates at most.
         composite, chunk, precision, on_unknown: as in :func:`dynlrp.explain_many`.
         progress: show a bar, which needs ``rich``. None shows one after two seconds where ``rich`` is installed.
@@ -102,13 +106,14 @@ def explain_generation(
     """
     options = Options(composite, precision=precision, on_unknown=on_unknown)
     device = next(model.parameters()).device
-    given = _ids(tokenizer, prompt, device)
+    padding = _padding(model)
+    given = _ids(tokenizer, prompt, padding, device)
     seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     start = _start(model, device) if seq2seq else given
     if continuation is None:
         made = _generate(model, given, max_new_tokens)[:, start.shape[1] :]
     else:
-        made = _ids(tokenizer, continuation, device, add_special_tokens=False)
+        made = _ids(tokenizer, continuation, padding, device, add_special_tokens=False)
     count = made.shape[1]
     if not count:
         raise InputError("there is no generated token to explain")
@@ -147,21 +152,33 @@ class _Logits(nn.Module):
         return logits[:, torch.arange(len(self._made), device=logits.device), self._made]
 
 
-def _ids(tokenizer: Any, text: Any, device: torch.device, **options: Any) -> Tensor:
-    """Ids of a text, ``(1, length)``."""
-    if isinstance(text, str):
-        text = tokenizer(text, return_tensors="pt", **options)["input_ids"]
-    ids = torch.as_tensor(text, dtype=torch.long, device=device)
+def _ids(tokenizer: Any, text: Text, padding: int | None, device: torch.device, **options: Any) -> Tensor:
+    """Ids of a text without its padding, ``(1, length)``."""
+    made = tokenizer(text, return_tensors="pt", **options) if isinstance(text, str) else text
+    mask = made.get("attention_mask") if isinstance(made, Mapping) else None
+    ids = torch.as_tensor(made["input_ids"] if isinstance(made, Mapping) else made, dtype=torch.long, device=device)
     ids = ids.reshape(1, -1) if ids.ndim < 2 else ids
     if ids.ndim != 2 or len(ids) != 1:
         raise InputError(f"one text at a time is explained, not ids of shape {tuple(ids.shape)}")
-    return ids
+    kept = ids != padding if mask is None else torch.as_tensor(mask, device=device).reshape(ids.shape) != 0
+    return ids if padding is None and mask is None else ids[kept].reshape(1, -1)
+
+
+def _setting(model: Any, name: str) -> Any:
+    """A setting of generation, where the model has it."""
+    places = (getattr(model, "generation_config", None), getattr(model, "config", None))
+    return next((value for place in places if (value := getattr(place, name, None)) is not None), None)
+
+
+def _padding(model: Any) -> int | None:
+    """The id of the padding token, unless it also ends texts."""
+    padding, end = _setting(model, "pad_token_id"), _setting(model, "eos_token_id")
+    return None if padding is None or padding in (end if isinstance(end, Sequence) else [end]) else int(padding)
 
 
 def _start(model: Any, device: torch.device) -> Tensor:
     """What the decoder of an encoder-decoder model begins with."""
-    settings = (getattr(model, "generation_config", None), model.config)
-    start = next((s for c in settings if (s := getattr(c, "decoder_start_token_id", None)) is not None), None)
+    start = _setting(model, "decoder_start_token_id")
     if start is None:
         raise InputError("the model's config has no decoder_start_token_id")
     return torch.tensor([[start]], device=device)
@@ -172,10 +189,11 @@ def _generate(model: Any, ids: Tensor, count: int) -> Tensor:
     """The greedy continuation."""
     if not hasattr(model, "generate"):
         raise InputError("the model has no generate(): give continuation=")
-    made: Tensor = model.generate(
+    made = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, num_beams=1
     )
-    return made
+    sequences: Tensor = made if isinstance(made, Tensor) else made.sequences  # as the model's settings have it
+    return sequences
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BatchEncoding,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -117,6 +118,47 @@ def test_greedy(name: str) -> None:
     given = explain_generation(model, Tokenizer(), found.ids[:6], continuation=found.ids[found.first :])
     close(given.relevance, found.relevance, 1e-6)
     assert given.tokens == found.tokens
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_whatever_form_generate_answers_in(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS[name]
+    expected = explain_generation(model, Tokenizer(), PROMPT, max_new_tokens=2)
+    monkeypatch.setattr(model.generation_config, "return_dict_in_generate", True)
+    monkeypatch.setattr(model.generation_config, "output_scores", True)
+    found = explain_generation(model, Tokenizer(), PROMPT, max_new_tokens=2)
+    assert found.tokens == expected.tokens
+    assert torch.equal(found.relevance, expected.relevance)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("form", ["mask", "ids", "list", "tokenizer"])
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_of_the_prompt_is_left_out(name: str, form: str, side: str) -> None:
+    model = MODELS[name]
+    expected = explain_generation(model, Tokenizer(), PROMPT, max_new_tokens=2)
+    ids = Tokenizer()(PROMPT)["input_ids"]
+    around = (3, 0) if side == "left" else (0, 3)
+    padded = nn.functional.pad(ids, around)
+    encoding = BatchEncoding({"input_ids": padded, "attention_mask": nn.functional.pad(torch.ones_like(ids), around)})
+    if form == "mask":
+        encoding["input_ids"] = padded + (encoding["attention_mask"] == 0) * 3  # what is masked may be anything
+    prompts: dict[str, Any] = {"mask": encoding, "ids": padded, "list": padded[0].tolist(), "tokenizer": PROMPT}
+
+    class Padding(Tokenizer):
+        def __call__(self, text: str, return_tensors: str = "", add_special_tokens: bool = True) -> Any:
+            return encoding
+
+    found = explain_generation(model, Padding(), prompts[form], max_new_tokens=2)
+    assert found.tokens == expected.tokens
+    assert torch.equal(found.relevance, expected.relevance)
+
+
+def test_padding_that_ends_texts_is_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS["gpt2"]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [1, 0])
+    found = explain_generation(model, Tokenizer(), [0, 2, 3], continuation=AFTER)
+    assert found.tokens[:3] == ["<pad>", "the", "cat"]
 
 
 def test_what_cannot_be_explained() -> None:
