@@ -282,6 +282,7 @@ def settle(
         final = request.record is EVERYTHING
         try:
             settled = run.settle({})
+            settled.walk.forget()
             if not settled.ledger.unresolved or not run.missing or final:
                 return settled, count
         except BrokenPromiseError:

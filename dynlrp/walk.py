@@ -258,7 +258,7 @@ class Walk:
                 broken.append(f"the relevance of the tensor made by {name} needs its value: {problem}")
         self.promises.close()
         if broken:
-            self._live.clear()
+            self.forget()
             raise BrokenPromiseError(
                 "\n".join(dict.fromkeys(broken)) + "\nLet what the model adds and multiplies require grad, and write "
                 "operations out of place (x = x + 1, not x += 1); or name a composite whose rules need no activations "
@@ -271,8 +271,12 @@ class Walk:
         try:
             return self._run(seed, root, keep)
         finally:
-            self._live.clear()  # which know this walk
-            self._slots.clear()
+            self.forget()
+
+    def forget(self) -> None:
+        """Let go of what was settled, which knows this walk."""
+        self._live.clear()
+        self._slots.clear()
 
     def _run(self, seed: Tensor, root: Edge, keep: Sequence[Edge]) -> dict[Edge, Tensor]:
         arrived: dict[Edge, Tensor] = {}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from dynlrp import DynLRPError, explain, relevance
+from dynlrp import DynLRPError, bilrp, coverage, explain, explain_many, relevance
 from dynlrp.plan import make_plan
 from dynlrp.rules import linear_operation
 from tests.conftest import Apply, Opaque, sample
@@ -115,18 +115,14 @@ def hooks(model: Any) -> list[int]:
     return [*map(len, tables), len(modes), len(dispatch), int(saving is not None)]
 
 
-@pytest.mark.parametrize("name", [*JOBS, *FAILURES])
-def test_nothing_stays(name: str) -> None:
-    """Reference counting alone frees everything, after errors too: the garbage collector finds nothing of ours."""
-    build, options = {**JOBS, **FAILURES}[name]
-    model = build()
-    before = hooks(model)
+def nothing_stays(job: Callable[[], object]) -> None:
+    """Reference counting alone frees everything: the garbage collector finds nothing of ours."""
     for _ in range(2):
-        run(model, options)  # whatever is made once
+        job()  # whatever is made once
     with collector_off():
         alive = tensors()
         for _ in range(3):
-            run(model, options)
+            job()
         assert tensors() == alive
         gc.set_debug(gc.DEBUG_SAVEALL)
         try:
@@ -136,6 +132,57 @@ def test_nothing_stays(name: str) -> None:
         finally:
             gc.set_debug(0)
             gc.garbage.clear()
+
+
+@pytest.mark.parametrize("name", [*JOBS, *FAILURES])
+def test_nothing_stays(name: str) -> None:
+    """After errors neither."""
+    build, options = {**JOBS, **FAILURES}[name]
+    model = build()
+    before = hooks(model)
+    nothing_stays(lambda: run(model, options))
+    assert hooks(model) == before
+
+
+def train(model: nn.Module) -> None:
+    """A step with relevance in its loss."""
+    explanation = explain(model, X, 1, create_graph=True)
+    (explanation.relevance.square().sum() + explanation.output.sum()).backward()
+    leaf = X.clone().requires_grad_()
+    relevance(model(leaf)[:, 1], leaf, create_graph=True).relevance.square().sum().backward()
+    model.zero_grad()
+
+
+class Short(nn.Module):
+    """Returns what it was given, beside what it made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.short(x) + x.relu()
+
+
+OTHERS: dict[str, Callable[[nn.Module], object]] = {
+    "audit": lambda m: str(explain(m, X, 1, audit=True).audit),
+    "audit of a re-run": lambda m: explain(lambda x: m(nn.functional.gelu(x).softmax(1)), X, 1, audit=True),
+    "condition": lambda m: explain(m, X, 1, condition={"1": [0], "3.short": [1]}),
+    "many": lambda m: explain_many(m, X, "all", chunk=2),
+    "conditions": lambda m: explain_many(m, X, [1], conditions=[{"1": [0]}, {"3": [1, 2]}], audit=True),
+    "functions": lambda m: explain_many(m, X, [lambda y: y[:, 0], lambda y: y.sum(1)]),
+    "pairs": lambda m: bilrp(m, X, X.flip(0), similarity="cosine"),
+    "training": train,
+    "coverage": lambda m: coverage(m, X, verify=True),
+    "coverage of promises": lambda m: coverage(m.requires_grad_(False), X, composite="epsilon_plus"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_nothing_stays_of(name: str) -> None:
+    model = net(Short())
+    before = hooks(model)
+    nothing_stays(lambda: OTHERS[name](model))
     assert hooks(model) == before
 
 
