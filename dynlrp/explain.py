@@ -202,7 +202,9 @@ def relevance(
 ) -> Explanation:
     """Explain a tensor that autograd already has a graph for, beside ordinary backprop.
 
-    The graph stays as it is: a later ``backward()`` gives the gradients it would have given.
+    The graph stays as it is: a later ``backward()`` gives the gradients it would have given. Leaves are read as they
+    are now, so ask before an optimiser step. Where an operation saved a leaf, a change in place is an error; nothing
+    tells what a bias was.
 
     Args:
         output: the tensor to explain.
@@ -243,6 +245,12 @@ def relevance(
             run.observe(str(number), tensor)
         else:
             run.want(*get_gradient_edge(tensor)[:2], tensor if create_graph else tensor.detach())
+    changed = run.changed()
+    if changed:
+        raise BrokenPromiseError(
+            f"a leaf was changed in place after {changed} saved it, so it is not what was explained: ask before "
+            f"anything is changed, such as by an optimiser step"
+        )
     (explanation,) = run.explain([0])
     if not explanation.finite():
         run.explain([0], check=True)

@@ -39,6 +39,15 @@ def intact(node: Node, attribute: str | int) -> bool | None:
         return False
 
 
+def is_changed(node: Node, attribute: str | int) -> bool:
+    """Whether a tensor was changed in place since a node saved it, as far as that shows without running hooks."""
+    raw = getattr(node, f"_raw_saved_{attribute}", None)
+    try:
+        return isinstance(getattr(raw, "data", None), Tensor) and intact(node, attribute) is False
+    except RuntimeError:  # it is gone
+        return False
+
+
 def plain(value: Tensor) -> Tensor:
     """A tensor as the pass uses it: without its graph, unless relevance is to be differentiated. A number is left as
     it is: dispatch modes take it for a Python number."""

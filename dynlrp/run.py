@@ -26,12 +26,12 @@ from dynlrp.errors import (
 )
 from dynlrp.expansion import Expander, Paths
 from dynlrp.explanation import Explanation
-from dynlrp.graph import CHANGED, FREED, Edge, Graph, Node, Structure
+from dynlrp.graph import CHANGED, FREED, LEAF, Edge, Graph, Node, Structure
 from dynlrp.ledger import Ledger
 from dynlrp.options import Options
 from dynlrp.places import Tap, attention, parse
 from dynlrp.plan import Plan, StepPlan, UnknownNodes, make_plan
-from dynlrp.promise import Promises
+from dynlrp.promise import Promises, is_changed
 from dynlrp.rows import Rows, find_rows
 from dynlrp.rules.operation import REGISTRY, product
 from dynlrp.submodule import Gathered
@@ -244,6 +244,17 @@ class Run:
                         f"parameter {name!r} is used inside of {step.path!r}, which the composite explains as one step"
                     )
             self.leaves[name] = self.graph.edge(node, number)
+
+    def changed(self) -> str:
+        """An operation that saved a leaf that was changed in place since, if any."""
+        names, nodes = self.graph.names, self.graph.nodes
+        for node, name, operands in zip(nodes, names, self.graph.operands, strict=True):
+            kept = REGISTRY[name].saved if name in REGISTRY else {}
+            for position, edge in enumerate(operands):
+                leaf = edge is not None and position in kept and names[edge.node] == LEAF and nodes[edge.node].variable
+                if isinstance(leaf, Tensor) and leaf._version and is_changed(node, kept[position]):
+                    return name
+        return ""
 
     def explain(self, numbers: Sequence[int], check: bool = False) -> list[Explanation]:
         """The explanations of some seeds, in one pass where that can be."""

@@ -354,3 +354,32 @@ def test_checkpointed_parts_are_explained() -> None:
     close(relevance(output, x, initial=seed(output), composite="epsilon_plus").relevance, plain)
     output.sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("composite", ["attnlrp", "epsilon_plus", "dynamiclrp"])
+@pytest.mark.parametrize("changed", ["input", "first weight", "last weight", "scale"])
+def test_leaves_that_were_changed_since(changed: str, composite: str) -> None:
+    """By an optimiser step, say: the values that were explained are gone."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.scale, self.last = nn.Linear(4, 6), nn.Parameter(torch.ones(6)), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).relu() * self.scale)
+
+    model = Net().double()
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    leaves = {"input": x, "first weight": model.first.weight, "last weight": model.last.weight, "scale": model.scale}
+    with torch.no_grad():
+        leaves[changed].mul_(1.5)  # before: nothing is wrong with that
+    y = model(x)[:, 1]
+    wrt = [x, model.scale, model.last.weight]
+    assert relevance(y, wrt, composite=composite).ledger.closes
+    with torch.no_grad():
+        leaves[changed].mul_(1.5)
+    with pytest.raises(BrokenPromiseError, match="changed in place"):
+        relevance(y, wrt, composite=composite)
+    with pytest.raises(BrokenPromiseError, match="changed in place"):
+        relevance(y, x, composite=composite)
