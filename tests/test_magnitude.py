@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dynlrp import Composite, explain, relevance
+from dynlrp import Composite, explain, relevance, rules
 from dynlrp.rules import REGISTRY, EpsilonSum, Magnitude, Operation
 from tests.oracle import agrees, draw, same, stabilised
 
@@ -246,6 +248,52 @@ def test_a_chain_of_ten_thousand_sums(replays: dict[str, int], monkeypatch: pyte
         size = (x.detach() + step * 1e-4).abs()
         expected *= size / (size + 1e-4)
     same(explanation.relevance, expected, 1e-6)  # h is a sum of thousands of steps, and may come near zero
+
+
+def every_generator(x: Tensor, rounds: int) -> Tensor:
+    """A chain of sums, diamonds, concatenations, stacks, splits and unbinds: 14 nodes a round."""
+    for _ in range(rounds):
+        left, right = (x + x.relu() * 0.5).split(1, 1)
+        x = torch.cat([right, left * 0.25], 1)
+        rows, more = torch.stack([x, x.relu()], 0).unbind(0)
+        x = (rows + more) * 0.4 + (more + x) * 0.1
+    return x
+
+
+def work(rounds: int) -> int:
+    """Calls of functions of the engine and the rules that run for an explanation of a chain."""
+    folder = str(Path(rules.__file__).resolve().parent.parent)
+    count = 0
+
+    def called(frame: Any, event: str, _: Any) -> None:
+        nonlocal count
+        if event == "call" and frame.f_code.co_filename.startswith(folder):
+            count += 1
+
+    x = torch.tensor([[0.5, -2.0]]).double().requires_grad_()
+    y = every_generator(x, rounds)
+    before = sys.getprofile()
+    sys.setprofile(called)
+    try:
+        explanation = relevance(y, x, composite=BY_SIZE)
+    finally:
+        sys.setprofile(before)
+    assert explanation.promises.visited == 14 * rounds
+    assert explanation.promises.count >= 4 * rounds
+    assert explanation.ledger.error < 1e-10
+    return count
+
+
+def test_work_grows_with_the_length_alone(replays: dict[str, int]) -> None:
+    """Ten times as many nodes, in all of which promises wait for promises, take ten times the calls; each node is
+    replayed once."""
+    short = LENGTH // 140 + 1
+    assert work(10 * short) <= 10 * work(short)
+    rounds = 11 * short
+    assert replays["CatBackward0"] == replays["StackBackward0"] == replays["UnbindBackward0"] == rounds
+    assert replays["SplitBackward0"] == rounds
+    assert replays["AddBackward0"] == 4 * rounds - 2  # the outputs are at hand
+    assert replays["MulBackward0"] == 4 * rounds
 
 
 @pytest.mark.parametrize("steps", [200, 400])
