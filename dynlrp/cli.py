@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -338,22 +339,23 @@ def allocate(
         net = sources.load_model(model)
         data = sources.load_calibration(calibration, preparation)
         bar = progress.add_task(escape(score), total=len(allocation.Calibration(data, batch, samples)))
-        found = allocation.allocate(
-            net,
-            data,
-            allocation.Budget(budget, size and size * 2**20, bitops and bitops * 1e9),
-            widths,
-            score=score,
-            groups=[names.split(",") for names in group or ()],
-            pinned=pins,
-            quantizer=allocation.Quantizer(not asymmetric, group_size),
-            divergence=divergence,  # type: ignore[arg-type]  # it is checked there
-            target=target,
-            composite=composite,
-            batch_size=batch,
-            samples=samples,
-            progress=lambda count: progress.advance(bar, count),
-        )
+        with _no_output():
+            found = allocation.allocate(
+                net,
+                data,
+                allocation.Budget(budget, size and size * 2**20, bitops and bitops * 1e9),
+                widths,
+                score=score,
+                groups=[names.split(",") for names in group or ()],
+                pinned=pins,
+                quantizer=allocation.Quantizer(not asymmetric, group_size),
+                divergence=divergence,  # type: ignore[arg-type]  # it is checked there
+                target=target,
+                composite=composite,
+                batch_size=batch,
+                samples=samples,
+                progress=lambda count: progress.advance(bar, count),
+            )
         for path in out or ():
             if path.suffix == ".json":
                 found.save(path)
@@ -365,6 +367,20 @@ def allocate(
         _print_allocation(found)
     for path in out or ():
         typer.echo(f"written: {path}", err=True)
+
+
+@contextmanager
+def _no_output() -> Iterator[None]:
+    """HiGHS prints a line now and then whatever it is told, which is no part of our output."""
+    kept = os.dup(1)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _print_allocation(found: Allocation) -> None:

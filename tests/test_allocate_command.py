@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +208,18 @@ def test_what_is_no_calibration(tmp_path: Path) -> None:
         load_calibration([tmp_path / "empty"])
     with pytest.raises(ZooError, match="is not package"):
         load_model("a b:c")
+
+
+def test_json_is_alone_on_the_output(
+    array: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the solver prints on its own."""
+    from dynlrp.allocation import allocation, solver
+
+    def loud(*args: Any, **options: Any) -> solver.Solution:
+        os.write(1, b"solved!\n")
+        return solver.solve(*args, **options)
+
+    monkeypatch.setattr(allocation, "solve", loud)
+    app(["allocate", NET, str(array), "--budget", "8", "--json"], standalone_mode=False)
+    assert set(json.loads(capfd.readouterr().out)) == {"0", "4"}

@@ -243,8 +243,10 @@ def test_samples_count_alike(net: Net, given: Any) -> None:
     found = measure(task, "given")
     # The silent sample says the same of both layers.
     assert found.mean.tolist() == pytest.approx([(0.25 + 0.25 + 0.5) / 3, (0.75 + 0.75 + 0.5) / 3])
-    noise = [[Quantizer().noise(layer, bits) for bits in (2, 4)] for layer in task.layers.values()]
-    assert torch.allclose(costs(found, task), found.mean[:, None] * torch.tensor(noise, dtype=torch.float64))
+    for place, layer in enumerate(task.layers.values()):
+        errors = [(Quantizer().round(layer, bits) - layer.weight).detach().double() for bits in (2, 4)]
+        expected = [float(found.mean[place] * error.square().sum()) for error in errors]
+        assert costs(found, task)[place].tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_score_that_is_not_finite_names_the_layer(net: Net, given: Any) -> None:

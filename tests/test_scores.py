@@ -407,6 +407,17 @@ def test_output_noise_by_hand(kind: str) -> None:
     close(noise("output", of), each(of, relative).double(), 1e-6)  # collected as float32
 
 
+@pytest.mark.parametrize("name", ["gauss_newton", "modelopt", "weight_mse"])
+def test_errors_may_be_kept_or_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = task("words")
+    expected = raw(kept, name)
+    assert len(kept._errors) == 6
+    monkeypatch.setattr("dynlrp.allocation.scores.KEPT", 0)
+    bare = task("words")
+    assert torch.equal(raw(bare, name), expected)
+    assert not bare._errors
+
+
 def test_noise_can_be_chosen() -> None:
     of = task("words")
     for kind in ("relative", "absolute", "output"):

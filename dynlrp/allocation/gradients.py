@@ -63,7 +63,7 @@ def _changes(task: Task, layer: Layer, graded: Graded, size: int, power: int = 1
     """``sum (g dy)^power`` of each sample and candidate, ``(samples, candidates)``."""
     columns = []
     for bits in task.candidates:
-        error = task.quantizer.round(layer, bits) - layer.weight
+        error = task.error(layer, bits)
         total = torch.zeros(size, dtype=torch.float64)
         for call, grad in graded:
             product = (grad * layer.linear(call.module, call.given(), error)) ** power

@@ -18,7 +18,7 @@ def noise(kind: Noise, task: Task) -> Tensor:
     """The noise of every layer and candidate, ``(layers, candidates)``, float64; kinds are those of ``Noise``."""
     if kind == "output":
         return _output_noise(task)
-    found = [[task.quantizer.noise(layer, bits) for bits in task.candidates] for layer in task.layers.values()]
+    found = [[task.noise(layer, bits) for bits in task.candidates] for layer in task.layers.values()]
     matrix = torch.tensor(found, dtype=torch.float64)
     if kind == "relative":
         sizes = [float(layer.weight.detach().double().square().sum()) for layer in task.layers.values()]
@@ -40,8 +40,7 @@ def _output_noise(task: Task) -> Tensor:
             place = places[layer.name]
             sizes[place] += _square(layer.linear(call.module, x, layer.weight))
             for column, bits in enumerate(task.candidates):
-                error = task.quantizer.round(layer, bits) - layer.weight
-                noises[place, column] += _square(layer.linear(call.module, x, error))
+                noises[place, column] += _square(layer.linear(call.module, x, task.error(layer, bits)))
     return _over(noises, sizes)
 
 

@@ -66,10 +66,6 @@ class Quantizer:
         scale = self.scale_bits if self.scale_bits is not None else 8 * layer.weight.element_size()
         return layer.weights * bits + self._scales(layer) * (scale + (0 if self.symmetric else bits))
 
-    def noise(self, layer: Layer, bits: int) -> float:
-        """``||Q(W) - W||^2``."""
-        return float((self.round(layer, bits) - layer.weight.detach()).double().square().sum())
-
     def _scales(self, layer: Layer) -> int:
         return layer.weights // self._block(layer)
 

@@ -26,6 +26,9 @@ from dynlrp.target import Target, find_output
 DEFAULT = "relevance"
 """The score that is taken where none is named."""
 
+KEPT = 2**27
+"""How many numbers the errors of all layers and candidates may hold to be kept."""
+
 Noise = Literal["relative", "absolute", "output", "none"]
 """What a layer's sensitivity is multiplied with to give the cost of b bits: ``relative``, ``||Q_b(W) - W||^2 /
 ||W||^2``; ``absolute``, ``||Q_b(W) - W||^2``; ``output``, ``||(Q_b(W) - W) x||^2 / ||W x||^2`` over the calibration;
@@ -34,7 +37,7 @@ Noise = Literal["relative", "absolute", "output", "none"]
 
 @dataclass(frozen=True)
 class Task:
-    """What a score is asked about."""
+    """What a score is asked about: a model with the weights that it has now."""
 
     model: nn.Module
     layers: dict[str, Layer]
@@ -57,6 +60,23 @@ class Task:
     def batches(self) -> Iterator[Any]:
         """The inputs of the model."""
         return self.calibration.batches(self.model)
+
+    @cached_property
+    def _errors(self) -> dict[tuple[str, int], Tensor]:
+        return {}
+
+    def error(self, layer: Layer, bits: int) -> Tensor:
+        """``Q_b(W) - W``, kept for the next batch where there is room for all."""
+        found = self._errors.get((layer.name, bits))
+        if found is None:
+            found = self.quantizer.round(layer, bits) - layer.weight.detach()
+            if len(self.candidates) * sum(layer.weights for layer in self.layers.values()) <= KEPT:
+                self._errors[layer.name, bits] = found
+        return found
+
+    def noise(self, layer: Layer, bits: int) -> float:
+        """``||Q_b(W) - W||^2``."""
+        return float(torch.linalg.vector_norm(self.error(layer, bits), dtype=torch.float64)) ** 2
 
     @cached_property
     def buffers(self) -> list[Buffer]:

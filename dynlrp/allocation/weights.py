@@ -14,7 +14,7 @@ from dynlrp.allocation.scores import Task, score
 @score("weight_mse", noise="none", normalise=False)
 def weight_mse(task: Task) -> Iterator[Tensor]:
     """``||Q_b(W) - W||^2 / n``, the mean squared error of a layer's weights."""
-    yield _each(task, lambda layer, bits: task.quantizer.noise(layer, bits) / layer.weights)
+    yield _each(task, lambda layer, bits: task.noise(layer, bits) / layer.weights)
 
 
 @score("zd", noise="relative")
