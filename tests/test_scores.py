@@ -136,6 +136,21 @@ def test_fisher_is_the_squared_gradient_of_each_sample(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["net", "words"])
+def test_weight_error_squares_gradient_times_error_of_every_weight(kind: str) -> None:
+    of = task(kind)
+    expected = []
+    for inputs, probe in zip(singles(of), probes(of), strict=True):
+        rows = []
+        for layer in of.layers.values():
+            (grad,) = torch.autograd.grad((call(of.model, inputs) * probe).sum(), layer.weight)
+            errors = [of.quantizer.round(layer, bits) - layer.weight.detach() for bits in BITS]
+            rows.append([sum(float(g * e) ** 2 for g, e in zip(grad.flatten(), error.flatten(), strict=True))
+                         for error in errors])  # fmt: skip
+        expected.append(torch.tensor(rows, dtype=torch.float64))
+    close(raw(of, "weight_error"), torch.stack(expected))
+
+
+@pytest.mark.parametrize("kind", ["net", "words"])
 def test_modelopt_squares_every_element(kind: str) -> None:
     of = task(kind)
     expected = []
@@ -166,7 +181,7 @@ def test_modelopt_squares_every_element(kind: str) -> None:
     close(raw(of, "modelopt"), torch.stack(expected))
 
 
-@pytest.mark.parametrize("name", ["gauss_newton", "fisher", "modelopt"])
+@pytest.mark.parametrize("name", ["gauss_newton", "fisher", "modelopt", "weight_error"])
 def test_frozen_models_score_alike(name: str) -> None:
     of = task("words")
     expected = raw(of, name)
@@ -518,7 +533,7 @@ def test_owl_counts_outliers() -> None:
 # Samples -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(set(SCORES) - {"gauss_newton", "modelopt", "fisher"}))
+@pytest.mark.parametrize("name", sorted(set(SCORES) - {"gauss_newton", "modelopt", "fisher", "weight_error"}))
 def test_batches_of_any_size_score_alike(name: str) -> None:
     of = task()
     whole = replace(of, calibration=replace(of.calibration, batch_size=5))

@@ -44,8 +44,30 @@ def fisher(task: Task) -> Iterator[Tensor]:
     """``||dL/dW||^2 / n``, the mean trace of a layer's Fisher information, in place of the Hessian's as in HAWQ-V2
     (Dong et al. 2020)."""
     for layers, size in _backward(task):
-        traces = [_squared_gradients(layer, graded, size) / layer.weights for layer, graded in layers]
-        yield torch.stack(traces, 1)
+        traces = [
+            _squared_gradients(layer, graded, size, torch.ones(1, *layer.weight.shape)) / layer.weights
+            for layer, graded in layers
+        ]
+        yield torch.cat(traces, 1)
+
+
+@score("weight_error", noise="none", normalise=False)
+def weight_error(task: Task) -> Iterator[Tensor]:
+    """``sum_ij (dL/dw_ij dw_ij)^2`` with ``dW = Q_b(W) - W``: gradient times error of every weight, squared.
+
+    This is Gauss-Newton for errors of which no two have to do with each other. Those of one layer alone do; but when
+    all layers are rounded together, what cancelled in one no longer does.
+    """
+    for layers, size in _backward(task):
+        yield torch.stack(
+            [_squared_gradients(layer, graded, size, _squared_errors(task, layer)) for layer, graded in layers], 1
+        )
+
+
+@torch.no_grad()
+def _squared_errors(task: Task, layer: Layer) -> Tensor:
+    """``dW^2`` of every candidate, ``(candidates, *weight)``."""
+    return torch.stack([task.quantizer.round(layer, bits) - layer.weight for bits in task.candidates]).square()
 
 
 def _backward(task: Task) -> Iterator[tuple[list[tuple[Layer, Graded]], int]]:
@@ -73,18 +95,20 @@ def _changes(task: Task, layer: Layer, graded: Graded, size: int, power: int = 1
 
 
 @torch.no_grad()
-def _squared_gradients(layer: Layer, graded: Graded, size: int) -> Tensor:
-    """``||dL/dW||^2`` of each sample."""
+def _squared_gradients(layer: Layer, graded: Graded, size: int, factors: Tensor) -> Tensor:
+    """``sum (dL/dW)^2 f`` of each sample and factor ``f``, ``(samples, factors)``; ``factors`` are ``(factors,
+    *weight)``."""
     if not graded:
-        return torch.zeros(size, dtype=torch.float64)
+        return torch.zeros(size, len(factors), dtype=torch.float64)
     weight = layer.weight.detach()
+    columns = factors.to(weight).flatten(1).mT
 
     def gradient(inputs: list[Tensor], grads: list[Tensor]) -> Tensor:
         def outputs(weight: Tensor) -> list[Tensor]:
             return [layer.linear(call.module, x, weight) for (call, _), x in zip(graded, inputs, strict=True)]
 
         (found,) = torch.func.vjp(outputs, weight)[1](grads)
-        squares: Tensor = found.square().sum()
+        squares: Tensor = found.square().flatten() @ columns
         return squares
 
     inputs = [samples_first(call.given(), size, layer.name) for call, _ in graded]

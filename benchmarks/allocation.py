@@ -1,0 +1,354 @@
+"""Which score gives the best bits: mixed-precision allocations by every score, evaluated on other data.
+
+    python -m benchmarks.allocation --data FOLDER [--models minilm lite0 ...] [--development] [--quick] [--write]
+
+``FOLDER`` holds the archive of vaderSentiment (see ``benchmarks.allocation_models``, also for the packages). Quantizer,
+solver, budgets and calibration samples are the same for all scores. Development models served for all choices; the
+held-out ones are reported. What was found of a model is kept in the cache and printed again; ``--fresh`` finds it anew.
+``--write`` puts table and chart into ``benchmarks/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from benchmarks.allocation_models import CACHE, DEVELOPMENT, HELD_OUT, Subject, load
+from benchmarks.cost import table
+from benchmarks.results import write_section
+from dynlrp import Composite, When, relevance
+from dynlrp.allocation import Budget, Calibration, Quantizer, Task, find_layers, measure, score
+from dynlrp.allocation.budget import make_limits
+from dynlrp.allocation.calibration import batch_size
+from dynlrp.allocation.gradients import _squared_errors, _squared_gradients
+from dynlrp.allocation.noise import costs
+from dynlrp.allocation.observe import Call, by_layer, kept, watching
+from dynlrp.allocation.solver import solve
+from dynlrp.rules import Epsilon, Gradient, Secant
+
+Matrix = NDArray[np.float64]
+
+BITS = (2, 3, 4, 5, 6, 8)
+BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0)
+OURS = "weight_error"
+"""The score that the development models chose."""
+SECANTS = Composite.of(
+    "secants",
+    {
+        "convolution": Epsilon(),
+        "dense": Epsilon(),
+        **{When(name=f"{name}Backward0"): Secant() for name in ("Gelu", "Silu", "Hardtanh", "Tanh")},
+        When(): Gradient(),
+    },
+)
+"""Gradients, but LRP's secant at activation functions."""
+
+
+@score("error_relevance", noise="none", normalise=False)
+def error_relevance(task: Task) -> Iterator[Tensor]:
+    """``sum_ij (m_ij dw_ij)^2``: as ``weight_error``, with the multipliers of LRP in place of gradients. An output that
+    is exactly 0 tells no multiplier and counts as one of 0."""
+    generator = torch.Generator().manual_seed(task.seed)
+    for batch in task.batches():
+        found: list[tuple[Call, Tensor]] = []
+
+        def watch(layer: Any, module: nn.Module, x: Tensor, y: Tensor, found: Any = found) -> Tensor | None:
+            y, changed = y if (copy := kept(layer, module, x, y)) is None else copy, copy is not None
+            found.append((Call(layer, module, x.detach(), x._version, None), y))
+            return y if changed else None
+
+        with torch.enable_grad(), watching(task.layers, watch):
+            output = task.run(batch)
+        probe = task.divergence.probe(output, generator, batch)
+        outputs = [y for _, y in found]
+        explained = relevance((output * probe).sum(), outputs, composite=task.composite).relevance
+        multipliers = [
+            None if r is None else torch.where(y == 0, 0.0, r / y).detach()
+            for r, y in zip(explained, outputs, strict=True)
+        ]
+        rows = []
+        for layer, graded in by_layer(task.layers, [call for call, _ in found], multipliers):
+            rows.append(_squared_gradients(layer, graded, batch_size(batch), _squared_errors(task, layer)))
+        yield torch.stack(rows, 1)
+
+
+def by_name(name: str, **options: Any) -> Callable[[Task], Matrix]:
+    """Costs by a score of the registry, under other options of the task."""
+
+    def find(task: Task) -> Matrix:
+        task = replace(task, **options)
+        return np.asarray(costs(measure(task, name), task))
+
+    return find
+
+
+def geometric_mean(task: Task) -> Matrix:
+    """Of relevance and Gauss-Newton."""
+    one, two = by_name("absolute_relevance", composite="attnlrp")(task), by_name("gauss_newton")(task)
+    return np.asarray(np.sqrt(np.maximum(one, 0) * np.maximum(two, 0)))
+
+
+SCORES: dict[str, Callable[[Task], Matrix]] = {
+    "weight error: sum (g dw)²": by_name(OURS),
+    "Fisher trace x ‖dW‖², HAWQ-like": by_name("fisher"),
+    "ModelOpt's formula: sum g² dy²": by_name("modelopt"),
+    "Gauss-Newton: (sum g dy)²": by_name("gauss_newton"),
+    "weight error, LRP's secants": by_name("error_relevance", composite=SECANTS),
+    "weight error, AttnLRP": by_name("error_relevance", composite="attnlrp"),
+    "weight error, AttnLRP and gamma": by_name("error_relevance", composite="auto"),
+    "weight error, CP-LRP": by_name("error_relevance", composite="cplrp"),
+    "geometric mean of relevance and Gauss-Newton": geometric_mean,
+    "absolute relevance x relative noise": by_name("absolute_relevance", composite="attnlrp"),
+    "relevance x relative noise": by_name("relevance", composite="attnlrp"),
+    "gradient x input x relative noise": by_name("gradient_x_input"),
+    "weight MSE": by_name("weight_mse"),
+    "LIM": by_name("lim"),
+    "OWL": by_name("owl"),
+    "ZD": by_name("zd"),
+}
+MEASURED = "measured, one layer at a time"
+RANDOM, UNIFORM = "random", "uniform"
+
+
+class Trial:
+    """A model whose allocations are evaluated on held data, each once."""
+
+    def __init__(self, subject: Subject, samples: int) -> None:
+        self.subject, self.samples = subject, samples
+        self.layers = find_layers(subject.model)
+        quantizer = Quantizer(scale_bits=0)  # what scales take is the same for all
+        self.quantizer = quantizer
+        self.own = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        self.rounded = {n: [quantizer.round(layer, bits) for bits in BITS] for n, layer in self.layers.items()}
+        self.known: dict[tuple[int, ...], tuple[float, float]] = {}
+        self.reference = self.run()
+        self.limits = {
+            budget: make_limits(Budget(budget), [[name] for name in self.layers], self.task(0)) for budget in BUDGETS
+        }
+
+    def task(self, draw: int) -> Task:
+        """The calibration of one draw."""
+        generator = torch.Generator().manual_seed(1000 + draw)
+        rows = torch.randperm(len(self.subject.pool[0]), generator=generator)[: self.samples]
+        data = tuple(tensor[rows] for tensor in self.subject.pool)
+        return Task(
+            self.subject.model, self.layers, Calibration(data, batch_size=16), BITS, self.quantizer,
+            divergence=self.subject.divergence, seed=draw,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def run(self) -> Tensor:
+        """The output for held data."""
+        held, model = self.subject.held, self.subject.model
+        return torch.cat([model(*(t[i : i + 50] for t in held)) for i in range(0, len(held[0]), 50)])
+
+    def evaluate(self, cost: Matrix, budget: float) -> tuple[float, float]:
+        """Mean divergence and share of right outputs (NaN where nobody knows) of the allocation for some costs."""
+        choice = tuple(int(c) for c in solve(cost, self.limits[budget], time_limit=5, gap=1e-4).choice)
+        if choice not in self.known:
+            for name, place in zip(self.layers, choice, strict=True):
+                self.layers[name].weight.data = self.rounded[name][place]
+            output = self.run()
+            for name, weight in self.own.items():
+                self.layers[name].weight.data = weight
+            held = self.subject.held[0] if len(self.subject.held) == 1 else self.subject.held
+            right = self.subject.right
+            self.known[choice] = (
+                float(self.subject.divergence.between(output, self.reference, held).mean()),
+                math.nan if right is None else float(right(output).float().mean()),
+            )
+        return self.known[choice]
+
+
+def find(subject: Subject, draws: int, samples: int, measured: int, randoms: int) -> dict[str, Any]:
+    """Divergence and accuracy of every score, ``(draws, budgets)``, and the seconds that scoring took."""
+    trial = Trial(subject, samples)
+    found: dict[str, Any] = {"scores": {}, "layers": len(trial.layers)}
+
+    def add(name: str, cost: Matrix, seconds: float) -> None:
+        rows = [trial.evaluate(cost, budget) for budget in BUDGETS]
+        entry = found["scores"].setdefault(name, {"divergence": [], "right": [], "seconds": []})
+        entry["divergence"].append([d for d, _ in rows])
+        entry["right"].append([r for _, r in rows])
+        entry["seconds"].append(seconds)
+
+    def timed(name: str, function: Callable[[Task], Matrix], task: Task) -> None:
+        start = time.perf_counter()
+        cost = function(task)
+        add(name, cost, time.perf_counter() - start)
+
+    timed(UNIFORM, by_name("uniform"), trial.task(0))
+    for seed in range(randoms):
+        timed(RANDOM, by_name("random"), replace(trial.task(0), seed=seed))
+    for draw in range(draws):
+        task = trial.task(draw)
+        for name, function in SCORES.items():
+            timed(name, function, task)
+        if draw < measured:
+            timed(MEASURED, by_name("measured"), task)
+        print(f"{subject.name}: draw {draw + 1} of {draws}", flush=True)
+    return found
+
+
+def logs(found: dict[str, Any], name: str) -> Matrix:
+    """log(divergence / uniform's) of each draw and budget; a score that no samples take part in has one draw."""
+    scores = found["scores"]
+    floor = 1e-12
+    own, uniform = (np.array(scores[n]["divergence"]) + floor for n in (name, UNIFORM))
+    return np.asarray(np.log(own / uniform))
+
+
+def interval(groups: list[Matrix], rounds: int = 10_000) -> tuple[float, float, float]:
+    """The mean over groups of their means, with a 95 % bootstrap interval over the members of every group."""
+    generator = np.random.default_rng(0)
+    drawn = np.mean(
+        [group[generator.integers(len(group), size=(rounds, len(group)))].mean(1) for group in groups], axis=0
+    )
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(np.mean([group.mean() for group in groups])), float(low), float(high)
+
+
+def compare(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each score, best first."""
+    ours = next(iter(SCORES))
+    rows = []
+    for name in (*SCORES, MEASURED, RANDOM, UNIFORM):
+        every = [logs(found, name) for found in results.values()]
+        best = [logs(found, ours) for found in results.values()]
+        if name == RANDOM:
+            pairs = [b - e.mean(0) for b, e in zip(best, every, strict=True)]
+        else:
+            pairs = [b[: len(e)] - e if len(e) > 1 else b - e for b, e in zip(best, every, strict=True)]
+        wins = np.mean([np.mean((p < 0) + 0.5 * (p == 0)) for p in pairs])
+        right = [np.nanmean(f["scores"][name]["right"]) for f in results.values()]
+        rows.append(
+            {
+                "name": name,
+                "mean": interval([e.mean(1) for e in every]),
+                "models": [float(e.mean()) for e in every],
+                "difference": interval([p.mean(1) for p in pairs]),
+                "wins": float(wins),
+                "right": float(np.mean(right)),
+                "seconds": float(np.mean([np.mean(f["scores"][name]["seconds"]) for f in results.values()])),
+            }
+        )
+    return sorted(rows, key=lambda row: row["mean"][0])
+
+
+def as_table(rows: list[dict[str, Any]], names: list[str]) -> str:
+    """The table."""
+    ours = next(iter(SCORES))
+    header = ["score", "log ratio", f"{ours.split(':')[0]} minus it", "its win rate", "right", "seconds", *names]
+    lines = []
+    for row in rows:
+        low, high = row["difference"][1:]
+        lines.append(
+            [
+                f"**{row['name']}**" if row["name"] == ours else row["name"],
+                "{:.3f} [{:.3f}, {:.3f}]".format(*row["mean"]),
+                "" if row["name"] == ours else f"{row['difference'][0]:+.3f} [{low:+.3f}, {high:+.3f}]",
+                "" if row["name"] == ours else f"{row['wins']:.0%}",
+                f"{row['right']:.1%}",
+                f"{row['seconds']:.2f}",
+                *(f"{m:.2f}" for m in row["models"]),
+            ]
+        )
+    return table(header, lines)
+
+
+def draw_chart(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
+    """Every score with its interval, and a mark for each model."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "allocation"
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 0.32 * len(rows) + 1.2), layout="constrained")
+    marks = "osD^vPX*"
+    for place, row in enumerate(rows):
+        mean, low, high = row["mean"]
+        axes.plot([low, high], [place, place], color="black", linewidth=2)
+        axes.plot(mean, place, "|", color="black", markersize=12)
+        for mark, number, model in zip(marks, row["models"], names, strict=False):
+            axes.plot(number, place, mark, color="C0", alpha=0.5, markersize=5, label=model if place == 0 else None)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.invert_yaxis()
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set_xlabel("mean of log(divergence / that of uniform bits): left is better")
+    axes.legend(loc="lower left", fontsize="small")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(), help="folder with the archive of vaderSentiment")
+    parser.add_argument("--development", action="store_true", help="development models, not the held-out ones")
+    parser.add_argument("--models", nargs="*", help="these alone")
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=32, help="calibration samples of a draw")
+    parser.add_argument("--measured", type=int, default=1, help="draws in which layers are also measured one at a time")
+    parser.add_argument("--randoms", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--fresh", action="store_true", help="forget what was found")
+    parser.add_argument("--quick", action="store_true", help="one small model, two draws of eight samples")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    names = options.models or list(DEVELOPMENT if options.development else HELD_OUT)
+    if options.quick:
+        names, options.draws, options.samples, options.randoms = options.models or ["vit-b"], 2, 8, 2
+    results = {}
+    for name in names:
+        key = f"{name}-{options.draws}-{options.samples}-{options.measured}-{options.randoms}"
+        path = CACHE / f"allocation-{key}.json"
+        if options.fresh or not path.exists():
+            start = time.perf_counter()
+            found = find(
+                load(name, options.data), options.draws, options.samples, options.measured, options.randoms
+            )  # fmt: skip
+            print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found))
+        results[name] = json.loads(path.read_text())
+    rows = compare(results)
+    text = as_table(rows, names)
+    print(text)
+    if options.write:
+        folder = Path(__file__).parent
+        draw_chart(rows, names, folder / "allocation.svg")
+        note = NOTE.format(
+            draws=options.draws, samples=options.samples, budgets=", ".join(f"{b:g}" for b in BUDGETS),
+            randoms=options.randoms, measured=options.measured, threads=options.threads, torch=torch.__version__,
+            python=platform.python_version(),
+        )  # fmt: skip
+        write_section(folder / "RESULTS.md", "Mixed precision", f"{note}\n\n![{CHART}](allocation.svg)\n\n{text}")
+
+
+CHART = "Every score with its interval, and a mark for each model"
+NOTE = """\
+Bits for every layer by each score, on models that no choice was made on. *log ratio*: the mean over models, draws of
+calibration samples and budgets of log(divergence / divergence of uniform bits), lower is better, with a 95 % bootstrap
+interval over draws, the models fixed. *weight error minus it* is paired: below 0, weight error is better. *right*:
+right outputs, or for EfficientNet-Lite0 those that stay the same. *seconds*: for scoring, of {samples} samples.
+
+{draws} draws of {samples} samples; budgets of {budgets} bits; weights from 2 to 8 bits, rounded to nearest with a scale
+for each channel; {randoms} random allocations; one layer at a time was measured in {measured} of the draws. CPU,
+{threads} threads; torch {torch}, Python {python}. Command: `python -m benchmarks.allocation --write`."""
+
+
+if __name__ == "__main__":
+    main()
