@@ -85,7 +85,7 @@ class Structure:
     seeded: bool = False
     """The root is given relevance instead of a multiplier."""
     observed: tuple[int, ...] = ()
-    """Leaf nodes whose relevance is asked for although they are weights."""
+    """Nodes whose relevance is asked for although they are weights, or made of weights alone."""
     coefficients: tuple[int, ...] = ()
     """Leaf nodes that stand for coefficients of a larger graph."""
     traits: tuple[tuple[int, Trait], ...] = ()

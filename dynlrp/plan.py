@@ -248,11 +248,14 @@ class _Planner:
 
     def _upwards(self) -> None:
         s = self.s
-        observed = set(s.observed)
+        observed, sources = set(s.observed), {edge.node for edge in s.sources}
         self.kinds: list[Kind] = []
         self.rules: list[Rule | None] = []
         self.letters: list[str] = []
+        self.leads: list[bool] = []
+        """An observed node is among what its operands were made of."""
         self.observes: list[bool] = []
+        """It leads to one, or is one."""
         self.nonnegative: list[bool] = []
         self.outermost = self._nearest_output() if self.composite.positional else frozenset()
         self.first: list[bool] = []
@@ -262,8 +265,10 @@ class _Planner:
             operands = s.operands[index]
             operation = REGISTRY.get(name)
             carried = [edge for edge in operands if edge is not None]
-            self.observes.append(index in observed or any(self.observes[edge.node] for edge in carried))
             reached = [edge for edge in carried if edge in self.sources or self.reaches[edge.node]]
+            self.leads.append(any(self.observes[edge.node] for edge in carried))
+            own = index in observed and not reached and index not in sources
+            self.observes.append(own or self.leads[index])
             self.reaches.append(bool(reached))
             linear = not s.first or any(below[edge.node] for edge in reached if not self._ends(edge))
             self.first.append(not linear)
@@ -407,7 +412,8 @@ class _Planner:
             for position, edge in enumerate(step.operands):
                 if edge is None or not (step.signals[position] or step.observed[position]):
                     continue
-                if edge not in self.sources or self.reaches[edge.node] or self.observes[edge.node]:
+                carries = step.signals[position] and (edge not in self.sources or self.reaches[edge.node])
+                if carries or self.leads[edge.node]:
                     walked.add(edge.node)
                 if step.signals[position]:
                     followers.setdefault(edge, []).append(index)

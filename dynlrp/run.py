@@ -344,12 +344,14 @@ class Run:
                 "the output does not depend on any of the inputs through differentiable operations: integer inputs "
                 "count where they index an embedding, and torch.no_grad, detach and numpy cut the graph"
             )
+        aside = [tap.edge for taps in self.taps.values() for tap in taps if tap is not None]
+        aside += [edge for edge in self.leaves.values() if edge is not None]
         self.structure = self.graph.structure(
             self.root,
             sources,
             kept=self._keep(),
             seeded=self.seeded,
-            observed=tuple([edge.node for edge in self.leaves.values() if edge is not None]),
+            observed=tuple(dict.fromkeys(edge.node for edge in aside)),
             modules=self._modules() if self.options.composite.by_path else None,
         )
         return self._plan(self.structure)

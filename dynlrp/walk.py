@@ -321,7 +321,7 @@ class Walk:
             if row is not None:
                 if auditor is not None:
                     auditor.end(index, row)
-                self._hold_back(index, row, True)
+                self._hold_back(index, row, any(Edge(index, n) in self.plan.ends for n in range(len(row))))
                 arrived.update((Edge(index, n), g) for n, g in enumerate(row) if g is not None)
         self.ledger.settle()
         if auditor is not None:

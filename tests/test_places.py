@@ -270,3 +270,27 @@ def test_a_base_changed_through_a_view() -> None:
     close(found[0], 3 * h.detach())
     assert not found[1][:, 1].any()
     close(found[1][:, 0], 6 * x.detach()[:, 0])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("composite", ["attnlrp", "epsilon_plus", "dynamiclrp"])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_what_is_made_of_parameters_alone(name: str, composite: str, frozen: bool) -> None:
+    """Position embeddings, say, have relevance too: that of their table. To ask changes nothing."""
+    model, inputs, target = sample(name)
+    model.requires_grad_(not frozen)
+    where = "bert.embeddings.position_embeddings" if name == "bert" else "transformer.wpe"
+    options: dict[str, Any] = {"composite": composite, "parameters": f"{where}.weight"}
+    plain = explain(model, inputs, target, composite=composite)
+    found = explain(model, inputs, target, layers=where, **options)
+    table = found.parameters[f"{where}.weight"]
+    assert table is not None
+    close(found.layers[where][0], table[:7], 1e-12)
+    assert not table[7:].any()
+    assert found.layers[where].abs().max() > 1e-6
+    same(found, plain, 0.0)
+    assert found.ledger.accounts == plain.ledger.accounts
+    held = explain(model, inputs, target, condition={where: Part([0, 2], axis=1)}, **options)
+    same(held, plain, 0.0)  # nothing of the inputs passes there
+    expected = torch.zeros_like(table).index_copy_(0, torch.tensor([0, 2]), table[[0, 2]])
+    close(held.parameters[f"{where}.weight"], expected, 1e-12)
