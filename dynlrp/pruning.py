@@ -321,7 +321,7 @@ def weight_relevance(
                 found = found.detach().to("cpu", torch.float64)
                 total[name] = total[name] + found if name in total else found
         count += size
-    return {name: (found / count).float() for name, found in total.items()}
+    return {name: (found / count).float().contiguous() for name, found in total.items()}
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:

@@ -48,6 +48,23 @@ class Network(nn.Module):
         return self.head(torch.relu(self.hidden(x.mean(1))))
 
 
+class Convolutions(nn.Module):
+    """In one dimension and in three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv1d(4, 8, 3)
+        self.three = nn.Conv3d(8, 6, (3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(torch.relu(self.one(x))[..., None, None]).flatten(1)
+
+
+def convolutions() -> tuple[Convolutions, Tensor]:
+    """With inputs."""
+    return peers.randomise(Convolutions(), 3).eval(), peers.inputs((2, 4, 12), 4).float()  # type: ignore[return-value]
+
+
 def network() -> Network:
     """In eval mode, with running statistics and biases that are not zero."""
     return peers.randomise(Network(), 3).eval()  # type: ignore[return-value]

@@ -11,7 +11,7 @@ from torch import nn
 
 from dynlrp.allocation.convert import modelopt_config
 from dynlrp.allocation.quantizer import Quantizer
-from tests.converting import agree, images, is_rounded, network, others_are_the_same, with_weights
+from tests.converting import agree, convolutions, images, is_rounded, network, others_are_the_same, with_weights
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -43,6 +43,16 @@ def test_every_layer_has_its_bits(group: int | None) -> None:
     agree(made(images()), with_weights(model, weights)(images()))
     with torch.no_grad():
         agree(made(images()), with_weights(model, weights)(images()))
+
+
+def test_other_convolutions() -> None:
+    model, x = convolutions()
+    bits = {"one": 3, "three": 5}
+    made = tool.quantize(copy.deepcopy(model), modelopt_config(model, bits))
+    weights = {name: m.weight_quantizer(m.weight) for name in bits for m in [made.get_submodule(name)]}
+    for name, b in bits.items():
+        is_rounded(weights[name], model.get_submodule(name).weight, b)
+    agree(made(x), with_weights(model, weights)(x))
 
 
 def test_names_are_no_patterns() -> None:

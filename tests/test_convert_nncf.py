@@ -11,7 +11,7 @@ from torch import nn
 from dynlrp.allocation.convert import nncf_passes
 from dynlrp.allocation.quantizer import Quantizer
 from dynlrp.errors import ConversionError, InputError
-from tests.converting import agree, images, is_rounded, network, others_are_the_same, with_weights
+from tests.converting import agree, convolutions, images, is_rounded, network, others_are_the_same, with_weights
 
 tool = pytest.importorskip("nncf")
 
@@ -47,6 +47,20 @@ def test_every_layer_has_its_bits(quantizer: Quantizer) -> None:
         is_rounded(weights[name], was, b, quantizer.group_size if b == 4 else None)
     others_are_the_same(made, model, BITS)
     agree(made(images()), with_weights(model, weights)(images()))
+
+
+def test_other_convolutions() -> None:
+    model, x = convolutions()
+    (options,) = nncf_passes(model, {"one": 8, "three": 8}, x)
+    made = tool.compress_weights(copy.deepcopy(model), **options)
+    weights = {}
+    for name, module in made.named_modules():
+        if "WeightsDecompressor" in type(module).__name__:
+            layer = name.removeprefix("__nncf_hooks.post_hooks.").removesuffix(":weight__0.0")
+            weights[layer] = module(made.get_submodule(layer).weight)
+            is_rounded(weights[layer], model.get_submodule(layer).weight, 8)
+    assert weights.keys() == {"one", "three"}
+    agree(made(x), with_weights(model, weights)(x))
 
 
 def test_keyword_arguments_and_shared_modules() -> None:

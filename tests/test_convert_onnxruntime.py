@@ -17,7 +17,7 @@ from dynlrp.allocation.convert.onnxruntime import weight_nodes
 from dynlrp.allocation.layers import find_layers
 from dynlrp.allocation.quantizer import Quantizer
 from dynlrp.errors import ConversionError, InputError
-from tests.converting import agree, images, is_rounded, network, with_weights
+from tests.converting import agree, convolutions, images, is_rounded, network, with_weights
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -41,19 +41,19 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 class Calibration(tool.CalibrationDataReader):  # type: ignore[misc]
     """Inputs of a wider range than those that are compared, so that no activation is clipped."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, x: Tensor) -> None:
         name = onnx.load(file).graph.input[0].name
-        self.batches: Iterator[dict[str, Any]] = iter([{name: factor * images().numpy()} for factor in (-2, 2)])
+        self.batches: Iterator[dict[str, Any]] = iter([{name: factor * x.numpy()} for factor in (-2, 2)])
 
     def get_next(self) -> dict[str, Any] | None:
         return next(self.batches, None)
 
 
-def run(model: Any) -> Tensor:
+def run(model: Any, x: Tensor) -> Tensor:
     options = runtime.SessionOptions()  # as written: fused kernels round activations again
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images().numpy()})[0])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
 def array(model: Any, name: str) -> Tensor:
@@ -92,7 +92,7 @@ def test_nodes_of_layers(file: Path) -> None:
 def test_static_quantization_with_overrides(file: Path, tmp_path: Path, symmetric: bool) -> None:
     model, before = network(), onnx.load(file)
     options = quantize_static_options(model, BITS, before, Quantizer(symmetric=symmetric))
-    tool.quantize_static(str(file), str(tmp_path / "q.onnx"), Calibration(file), **options)
+    tool.quantize_static(str(file), str(tmp_path / "q.onnx"), Calibration(file, images()), **options)
     after = onnx.load(tmp_path / "q.onnx")
     nodes = weight_nodes(before.graph, find_layers(model).values())
     weights: dict[str, Tensor] = {}
@@ -116,7 +116,26 @@ def test_static_quantization_with_overrides(file: Path, tmp_path: Path, symmetri
             assert torch.equal(array(after, tensor.name), array(before, tensor.name)), tensor.name
         else:
             tensor.CopyFrom(onnx.numpy_helper.from_array(weights[tensor.name].numpy(), tensor.name))
-    agree(run(after), run(before), 3e-4)  # what these layers take and give has 16 bits
+    agree(run(after, images()), run(before, images()), 3e-4)  # what these layers take and give has 16 bits
+
+
+def test_other_convolutions(tmp_path: Path) -> None:
+    model, x = convolutions()
+    bits = {"one": 4, "three": 8}
+    torch.onnx.export(model, (x,), str(tmp_path / "m.onnx"), opset_version=21, verbose=False)
+    before = onnx.load(tmp_path / "m.onnx")
+    options = quantize_static_options(model, bits, before)
+    tool.quantize_static(
+        str(tmp_path / "m.onnx"), str(tmp_path / "q.onnx"), Calibration(tmp_path / "m.onnx", x), **options
+    )
+    after = onnx.load(tmp_path / "q.onnx")
+    weights = {}
+    for name, b in bits.items():
+        weight = model.get_submodule(name).weight
+        numbers, scale = (array(after, f"{name}.weight_{part}") for part in ("quantized", "scale"))
+        weights[name] = numbers * scale.reshape(-1, *[1] * (weight.ndim - 1))
+        is_rounded(weights[name], weight, b)
+    agree(run(after, x), with_weights(model, weights)(x), 3e-4)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -141,7 +160,7 @@ def test_matmul_nbits(file: Path, symmetric: bool) -> None:
     same = [name for name in was if name in now]
     assert len(same) == len(was) - len(bits)
     assert all(now[name] == was[name] for name in same)
-    agree(run(made), with_weights(model, weights)(images()).detach())
+    agree(run(made, images()), with_weights(model, weights)(images()).detach())
 
 
 def dequantized(model: Any, node: Any, attributes: dict[str, int]) -> Tensor:
@@ -183,6 +202,40 @@ def test_refusals(file: Path) -> None:
     for size in (None, 8, 24):
         with pytest.raises(InputError, match="MatMulNBits has groups"):
             matmul_nbits_passes(model, {"blocks.0.up": 4}, before, Quantizer(group_size=size))
+
+
+class Tied(nn.Module):
+    """Two linear maps that share a weight and run twice, and one that shares an embedding's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.b.weight, self.head.weight = self.a.weight, self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids).mean(1)
+        return self.head(torch.relu(self.a(torch.relu(self.b(torch.relu(self.a(x)))))))
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_are_used_more_than_once(tmp_path: Path, dynamo: bool) -> None:
+    model = Tied().eval()
+    torch.onnx.export(
+        model, (torch.tensor([[1, 2]]),), str(tmp_path / "m.onnx"), dynamo=dynamo, opset_version=21, verbose=False
+    )
+    before = onnx.load(tmp_path / "m.onnx")
+    nodes = weight_nodes(before.graph, find_layers(model).values())
+    assert {name: len(found) for name, found in nodes.items()} == {"a": 3, "head": 1}
+    if dynamo:
+        assert len(quantize_static_options(model, {"a": 4, "b": 4}, before)["nodes_to_quantize"]) == 3
+        with pytest.raises(ConversionError, match=r"also used by \['node_embedding'\] in the file"):
+            quantize_static_options(model, {"head": 4}, before)
+    else:
+        with pytest.raises(ConversionError, match="through an Identity"):
+            quantize_static_options(model, {"a": 4}, before)
 
 
 def test_another_file(file: Path) -> None:

@@ -298,6 +298,7 @@ def test_relevance_of_weights_is_weight_times_gradient_in_a_piecewise_linear_net
     assert found.keys() == wanted.keys() == {"0.weight", "2.weight"}
     for name, value in found.items():
         assert value.dtype == torch.float32
+        assert value.is_contiguous()
         close(value, wanted[name].float(), 1e-6)
 
 

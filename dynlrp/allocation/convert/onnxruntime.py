@@ -25,6 +25,9 @@ class WeightNode:
     name: str
     operation: str
     weight: str
+    """What it is given."""
+    constant: str
+    """Where that comes from: another name where ``Identity`` is between them, as for weights that are used twice."""
     shape: tuple[int, ...]
     axis: int
     """Of the weight, that counts output channels."""
@@ -34,21 +37,34 @@ def weight_nodes(graph: Any, layers: Iterable[Layer]) -> dict[str, list[WeightNo
     """The nodes of an ONNX graph that apply each layer's weight.
 
     Weights are renamed where an exporter transposes them or merges a batch norm into them. So a node is known by the
-    module it ran in as well, which PyTorch's exporter notes (that of TorchScript in the node's name).
+    module it ran in as well, which PyTorch's exporter notes (that of TorchScript in the node's name), or by sharing its
+    weight with such a node.
     """
-    constants = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    source = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity"}
     owner = {module: layer.name for layer in layers for module in layer.modules}
-    found: dict[str, list[WeightNode]] = {name: [] for name in owner.values()}
+    candidates: list[tuple[WeightNode, str | None]] = []
+    by_constant: dict[str, str] = {}
     for node in graph.node:
-        if node.op_type not in ("MatMul", "Gemm", "Conv") or node.input[1] not in constants:
+        if node.op_type not in ("MatMul", "Gemm", "Conv"):
             continue
-        weight = node.input[1]
-        name = next((owner[module] for module in _modules(node, weight) if module in owner), None)
-        if name is not None:
+        weight = constant = node.input[1]
+        while constant in source:
+            constant = source[constant]
+        if constant in shapes:
+            name = next((owner[module] for module in _modules(node, weight) if module in owner), None)
+            if name is not None:
+                by_constant.setdefault(constant, name)
             transposed = any(entry.name == "transB" and entry.i for entry in node.attribute)
             axis = 0 if node.op_type == "Conv" or transposed else 1
-            found[name].append(WeightNode(node.name, node.op_type, weight, constants[weight], axis))
-    return found
+            found = WeightNode(node.name, node.op_type, weight, constant, shapes[constant], axis)
+            candidates.append((found, name))
+    nodes: dict[str, list[WeightNode]] = {name: [] for name in owner.values()}
+    for found, name in candidates:
+        name = name or by_constant.get(found.constant)
+        if name is not None:
+            nodes[name].append(found)
+    return nodes
 
 
 def _modules(node: Any, weight: str) -> Iterator[str]:
@@ -92,6 +108,7 @@ def quantize_static_options(
 
     layers = check("ONNX Runtime", model, bits, refuse)
     nodes = _nodes("ONNX Runtime", layers, onnx_model)
+    _are_alone(layers, nodes, onnx_model)
     with needs("onnxruntime"):
         from onnxruntime.quantization import QuantFormat, QuantType
     overrides: dict[str, list[dict[str, Any]]] = {}
@@ -99,8 +116,7 @@ def quantize_static_options(
         for node in nodes[layer.name]:
             kind = QuantType[f"QInt{number}"]
             entry = {"quant_type": kind, "axis": node.axis, "symmetric": quantizer.symmetric}
-            if overrides.setdefault(node.weight, [entry]) != [entry]:
-                raise InputError(f"the weight of {layer.name!r} is shared, in the file, by a layer of other bits")
+            overrides[node.weight] = [entry]
     return {
         "nodes_to_quantize": [node.name for found in nodes.values() for node in found],
         "quant_format": QuantFormat.QDQ,
@@ -166,6 +182,25 @@ def _nodes(tool: str, layers: Sequence[Width], onnx_model: Any) -> dict[str, lis
         elif wrong := [node.name for node in found if sorted(node.shape) != shape]:
             why = f"the weights of {wrong} have another shape than its own: export this very model"
             reasons[layer.name] = why
+        elif copies := [node.name for node in found if node.weight != node.constant]:
+            why = f"its weight is used more than once, by {copies} through an Identity: export with dynamo=True"
+            reasons[layer.name] = why
     if reasons:
         raise ConversionError(tool, len(layers), reasons)
     return nodes
+
+
+def _are_alone(layers: Sequence[Width], nodes: Mapping[str, list[WeightNode]], onnx_model: Any) -> None:
+    """No other node may use the weights of the layers, as the override of a weight is for all that use it."""
+    users: dict[str, set[str]] = {}
+    for node in onnx_model.graph.node:
+        for given in node.input:
+            users.setdefault(given, set()).add(node.name)
+    reasons: dict[str, str] = {}
+    for layer, _ in layers:
+        own = {node.name for node in nodes[layer.name]}
+        others = sorted(set().union(*(users[node.weight] for node in nodes[layer.name])) - own)
+        if others:
+            reasons[layer.name] = f"its weight is also used by {others} in the file, which would change with it"
+    if reasons:
+        raise ConversionError("ONNX Runtime", len(layers), reasons)
