@@ -42,6 +42,12 @@ def test_bits_of_no_layer() -> None:
         torchao_config(network(), {})
 
 
+def test_a_model_that_is_a_layer() -> None:
+    assert reasons(modelopt_config, nn.Linear(4, 4), {"": 4}) == {
+        "": "the model itself is this layer: put it inside a module"
+    }
+
+
 def test_torchao_kinds_and_dtypes() -> None:
     net = nn.Sequential(nn.Conv1d(2, 2, 3), nn.Linear(4, 4).double())
     found = reasons(torchao_config, net, {"0": 4, "1": 4}, Quantizer(per_tap=True))

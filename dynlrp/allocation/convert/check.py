@@ -40,7 +40,9 @@ def check(tool: str, model: nn.Module, bits: Mapping[str, int], refuse: Refusal)
             continue
         layer = owner[name]
         first = found.setdefault(layer.name, Width(layer, number))
-        if first.bits != number:
+        if name == "":
+            reasons[name] = "the model itself is this layer: put it inside a module"
+        elif first.bits != number:
             reasons[name] = f"{number} bits, where {layer.name!r}, whose weight it shares, has {first.bits}"
         elif reason := refuse(layer, number):
             reasons[name] = reason

@@ -71,9 +71,8 @@ def _modules(node: Any, weight: str) -> Iterator[str]:
     """Names of the module that a node may stand for, the surest first."""
     if weight.endswith(".weight"):
         yield weight.removesuffix(".weight")
-    scopes = {entry.key: entry.value for entry in node.metadata_props}.get(SCOPES)
-    if scopes:
-        yield ast.literal_eval(scopes)[-2]  # the last is the operation
+    scopes = {entry.key: entry.value for entry in node.metadata_props}.get(SCOPES, "[]")
+    yield from ast.literal_eval(scopes)[-2:-1]  # the last is the operation
     yield node.name.strip("/").rpartition("/")[0].replace("/", ".")
 
 
