@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -12,10 +13,10 @@ from torch.autograd.graph import get_gradient_edge
 
 from dynlrp.capture import Recorder
 from dynlrp.composite import Composite, innermost
-from dynlrp.errors import NoPathError, RuleError, UnknownOperationError
-from dynlrp.graph import Edge, Graph
+from dynlrp.errors import BrokenPromiseError, NoPathError, RuleError, UnknownOperationError
+from dynlrp.graph import Edge, Graph, Structure
 from dynlrp.ledger import Ledger
-from dynlrp.plan import Kind, UnknownNodes, make_plan
+from dynlrp.plan import Kind, Plan, UnknownNodes, make_plan
 from dynlrp.promise import Promises, plain
 from dynlrp.rules.operation import REGISTRY, Grads, Replay, divide, dot
 from dynlrp.walk import LiveStep, Walk
@@ -55,6 +56,8 @@ class Expander:
         self.on_unknown = on_unknown
         self.ledger = ledger
         self.paths = paths
+        self._recorded: set[str] = set()
+        """Operations whose re-runs keep too little by themselves."""
 
     def path(self, sequence: int) -> str:
         return self.paths.path(sequence)
@@ -63,13 +66,30 @@ class Expander:
         self, step: LiveStep, function: Replay, values: Sequence[Tensor | None], grads: Grads
     ) -> list[Tensor | None]:
         """Multipliers of the operands from those of the outputs."""
+        if step.auditor is None and step.name not in self._recorded:
+            found = self._through(step, function, values, grads, None)
+            if found is not None:
+                return found
+            self._recorded.add(step.name)
+        found = self._through(step, function, values, grads, Recorder())
+        assert found is not None
+        return found
+
+    def _through(
+        self,
+        step: LiveStep,
+        function: Replay,
+        values: Sequence[Tensor | None],
+        grads: Grads,
+        recorder: Recorder | None,
+    ) -> list[Tensor | None] | None:
+        """The same; None where nothing was recorded and a value is missing that a recorder would keep."""
         results: list[Tensor | None] = [None] * len(values)
         self.paths.runs_again(step.node._sequence_nr())
         attached = torch.is_grad_enabled()
-        recorder = Recorder()
         with torch.enable_grad(), temporarily_clear_interpreter_stack():  # multipliers of many targets are vmapped
             leaves = [_leaf(value, attached) for value in values]
-            with recorder:
+            with recorder or nullcontext():
                 made = function(step, *leaves)
                 outputs = made if isinstance(made, tuple) else (made,)
                 _agree(step, outputs, grads)
@@ -88,34 +108,14 @@ class Expander:
         )
         edges = [None if leaf is None or not leaf.requires_grad else _edge(graph, leaf) for leaf in leaves]
         present = [(place, edge) for place, edge in enumerate(edges) if edge is not None]
-        signals = step.signals if step.plan.travels else step.wants
-        modules = self.paths.modules(step.node._sequence_nr())
-        structure = graph.structure(
-            Edge(len(graph.nodes) - 1, number),
-            [edge for place, edge in present if signals[place]],
-            kept=tuple(edge for _, edge in present),
-            observed=tuple(edge.node for place, edge in present if step.plan.observed[place]),
-            coefficients=tuple(
-                edge.node
-                for place, edge in present
-                if step.plan.kinds[place] >= Kind.COEFFICIENT and not signals[place]
-            ),
-            traits=tuple((edge.node, trait) for place, edge in present if any(trait := step.plan.traits[place])),
-            modules=(modules,) * len(graph.nodes) if self.composite.by_path else None,
-            first=step.plan.first,
-            last=step.plan.last,
-        )
         try:
-            plan = make_plan(structure, self.composite, self.on_unknown, REGISTRY.version)
+            plan, structure = self._plan(step, graph, Edge(len(graph.nodes) - 1, number), present)
         except NoPathError:
             step.book("held back", dot(start, root.detach()))
             return results
-        except UnknownNodes as error:
-            path = self.paths.path(step.node._sequence_nr())
-            raise UnknownOperationError([(name, path) for _, name in error.nodes], error.reasons) from None
         recorded = {
             edge: value
-            for made_by, output, value in recorder.values(graph.nodes)
+            for made_by, output, value in (() if recorder is None else recorder.values(graph.nodes))
             if (edge := graph.edge(made_by, output)) is not None
         }
         captured = {} if attached else {edge: (value, value._version) for edge, value in recorded.items()}
@@ -125,9 +125,19 @@ class Expander:
         auditor = step.auditor
         if auditor is not None:
             auditor = auditor.inside(plan, graph, captured, structure.root)
-        promises = Promises(graph, plan.consumers, captured)
-        walk = Walk(plan, graph, promises, expander.ledger, expander, auditor=auditor)
-        walk.settle([])
+        notes = Ledger()
+        walk = Walk(plan, graph, promises, notes, expander, auditor=auditor)
+        try:
+            walk.settle([])
+        except BrokenPromiseError:
+            if recorder is None and promises.missing:
+                return None
+            raise
+        if recorder is None and promises.missing:
+            walk.forget()
+            return None
+        expander.ledger.note(notes)
+        walk.ledger = expander.ledger
         wanted = [(place, edge) for place, edge in present if step.wants[place]]
         arrived = walk.run(start, structure.root, [edge for _, edge in wanted])
         for place, edge in wanted:
@@ -136,6 +146,31 @@ class Expander:
                 m = divide(m, plain(leaf).conj(), 0.0)
             results[place] = m
         return results
+
+    def _plan(
+        self, step: LiveStep, graph: Graph, root: Edge, present: Sequence[tuple[int, Edge]]
+    ) -> tuple[Plan, Structure]:
+        """The rules for a re-run; ``present`` are the step's operands by number."""
+        signals = step.signals if step.plan.travels else step.wants
+        kinds, modules = step.plan.kinds, self.paths.modules(step.node._sequence_nr())
+        structure = graph.structure(
+            root,
+            [edge for place, edge in present if signals[place]],
+            kept=tuple(edge for _, edge in present),
+            observed=tuple(edge.node for place, edge in present if step.plan.observed[place]),
+            coefficients=tuple(
+                edge.node for place, edge in present if kinds[place] >= Kind.COEFFICIENT and not signals[place]
+            ),
+            traits=tuple((edge.node, trait) for place, edge in present if any(trait := step.plan.traits[place])),
+            modules=(modules,) * len(graph.nodes) if self.composite.by_path else None,
+            first=step.plan.first,
+            last=step.plan.last,
+        )
+        try:
+            return make_plan(structure, self.composite, self.on_unknown, REGISTRY.version), structure
+        except UnknownNodes as error:
+            path = self.paths.path(step.node._sequence_nr())
+            raise UnknownOperationError([(name, path) for _, name in error.nodes], error.reasons) from None
 
 
 def _agree(step: LiveStep, outputs: Sequence[Tensor | None], grads: Grads) -> None:

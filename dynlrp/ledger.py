@@ -94,6 +94,12 @@ class Ledger:
             m = m.to(torch.promote_types(m.dtype, torch.float32))
             self._products.append((masked_product(m, values), [shape.numel() for shape in shapes]))
 
+    def note(self, other: Ledger) -> None:
+        """Take over which operations another ledger lists."""
+        self.unresolved += other.unresolved
+        self.without_share += other.without_share
+        self.fallbacks += other.fallbacks
+
     def __len__(self) -> int:
         return len(self._amounts)
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynlrp import BrokenPromiseError, Composite, InputError, RuleError, UnknownOperationError, explain, relevance
-from dynlrp.rules import REGISTRY, Expand, Operation, expand
+from dynlrp.capture import Recorder
+from dynlrp.rules import REGISTRY, Expand, Operation, expand, linear_operation
 from dynlrp.rules.operation import blocked
-from tests.conftest import close, same
+from tests.conftest import Opaque, close, same
 from tests.oracle import draw
 
 
@@ -317,3 +318,64 @@ def test_a_re_run_that_gives_something_else_is_an_error(wrong: Callable[..., Any
         patch.setitem(REGISTRY, "SinBackward0", operation)
         with pytest.raises(RuleError, match="the re-run of SinBackward0 gives"):
             explain(lambda x: x.sin().sum(1), draw(0, 2, 4))
+
+
+@pytest.fixture
+def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
+    """Every recorder of a re-run."""
+    made: list[Recorder] = []
+
+    class Spied(Recorder):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr("dynlrp.expansion.Recorder", Spied)
+    return made
+
+
+@pytest.mark.parametrize("composite", ["attnlrp", "epsilon_plus"])
+def test_a_re_run_that_keeps_enough_is_not_recorded(composite: str, recorders: list[Recorder]) -> None:
+    cell, x = nn.LSTM(4, 5, batch_first=True), draw(0, 2, 6, 4).float()
+    explanation = explain(lambda x: cell(x)[0].sum(1), x, 1, composite=composite)
+    assert ("inputs", "MkldnnRnnLayerBackward0") not in explanation.ledger.by_operation()
+    assert explanation.ledger.closes
+    assert recorders == []
+
+
+def test_a_re_run_that_keeps_too_little_is_recorded(registry: dict[str, Any], recorders: list[Recorder]) -> None:
+    """All of its kind are then recorded at once, and what the first try noted does not count."""
+    linear_operation("OpaqueBackward")  # which no promise passes
+    runs: list[str] = []
+    w = draw(1, 4, 4)
+
+    def inner(x: Tensor) -> Tensor:
+        h = Opaque.apply(x)
+        return F.linear(h, w) + torch.ones(4).double()  # a constant that only the activations tell
+
+    def counted(step: Any, x: Tensor) -> Tensor:
+        if hasattr(step, "expand"):  # else the value is recomputed for a promise
+            runs.append(step.name)
+        return inner(x)
+
+    class Outer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return inner(x)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            raise AssertionError("the derivative is not asked for")
+
+    expand("OuterBackward", counted)
+    x = draw(0, 3, 4)
+    for composite in ("epsilon_plus", "attnlrp"):
+        recorders.clear()
+        runs.clear()
+        found = explain(lambda x: Outer.apply(Outer.apply(Outer.apply(x))), x, 1, composite=composite)
+        assert len(recorders) == 3
+        assert len(runs) == 4
+        same(found, explain(lambda x: inner(inner(inner(x))), x, 1, composite=composite))
+        assert found.ledger.unresolved == []
+        assert found.ledger.accounts["constants"] != 0
+        assert found.ledger.closes
