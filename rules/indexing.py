@@ -70,8 +70,11 @@ class Written(VJP):
         if values is not None and step.wants[1] and not _adds(step):
             assert step.operation.replay is not None
             # Numbers the values, writes the numbers, and reads at each value's place what stands there.
-            order = torch.arange(values.numel(), device=g.device).reshape(values.shape)
-            board = step.operation.replay(step, torch.empty_like(g, dtype=order.dtype), order)
+            dtype = (
+                torch.int32 if values.numel() < 2**31 else torch.int64
+            )  # as the board is as large as what is written to
+            order = torch.arange(values.numel(), device=g.device, dtype=dtype).reshape(values.shape)
+            board = step.operation.replay(step, torch.empty_like(g, dtype=dtype), order)
             values = torch.where(step.operation.math(step, board).reshape(values.shape) == order, values, 0.0)
         return [into, values]
 
