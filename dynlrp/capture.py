@@ -91,6 +91,16 @@ class _Open(NamedTuple):
     inputs: Tensors
 
 
+class Shared(NamedTuple):
+    """A tensor that a module was given and returned, and what stands for its output."""
+
+    name: str
+    given: Tensor
+    output: Tensor
+    edges: tuple[tuple[Any, int], tuple[Any, int]]
+    """Node and number of both when the module returned."""
+
+
 class Recording:
     """What one forward pass left behind."""
 
@@ -116,6 +126,7 @@ class Recording:
         """Entries of the composite for whole modules that met one."""
         self.outputs: dict[str, list[list[Kept]]] = {}
         """Per requested tensor and call: the tensor, and behind it those that came with it."""
+        self.shared: list[Shared] = []
 
     def names(self) -> dict[int, str]:
         """Module path by ``id``."""
@@ -164,7 +175,7 @@ class Recording:
                 return None
             frame, returned = self._running, output
             if names and frame is not None:
-                output = _owned(output, frame.start)
+                output = self._owned(output, frame.start, names[0])
             self._running = None if frame is None else frame.caller
             events.append((_sequence(), self._running))
             for name in names:
@@ -269,6 +280,22 @@ class Recording:
         if kept:
             self.outputs.setdefault(name, []).append(kept)
 
+    def _owned(self, output: Any, start: int, name: str) -> Any:
+        """What a module returned, with tensors of its own in place of those that something before ``start`` made: what
+        uses them elsewhere does not use the module's output."""
+        leaves, spec = pytree.tree_flatten(output)
+        owned = list(leaves)
+        for place, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+                continue
+            if leaf.grad_fn is None:
+                owned[place] = torch.ops.aten.alias(leaf)  # a view, as nobody may write into a leaf
+            elif leaf.grad_fn._sequence_nr() < start:
+                owned[place] = made = ModuleOutput.apply(leaf)  # type: ignore[no-untyped-call]
+                edges = (get_gradient_edge(leaf)[:2], get_gradient_edge(made)[:2])
+                self.shared.append(Shared(name, leaf, made, edges))
+        return output if all(map(operator.is_, owned, leaves)) else pytree.tree_unflatten(owned, spec)
+
 
 class ModuleOutput(torch.autograd.Function):
     """The same numbers in the same memory, as another tensor of the graph; no view, so that a write in place into it
@@ -287,21 +314,6 @@ class ModuleOutput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return g
-
-
-def _owned(output: Any, start: int) -> Any:
-    """What a module returned, with tensors of its own in place of those that something before ``start`` made: what
-    uses them elsewhere does not use the module's output."""
-    leaves, spec = pytree.tree_flatten(output)
-    owned = list(leaves)
-    for place, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor) or not leaf.requires_grad:
-            continue
-        if leaf.grad_fn is None:
-            owned[place] = torch.ops.aten.alias(leaf)  # a view, as nobody may write into a leaf
-        elif leaf.grad_fn._sequence_nr() < start:
-            owned[place] = ModuleOutput.apply(leaf)  # type: ignore[no-untyped-call]
-    return output if all(map(operator.is_, owned, leaves)) else pytree.tree_unflatten(owned, spec)
 
 
 PRODUCTS = frozenset(

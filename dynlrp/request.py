@@ -79,6 +79,8 @@ class Request:
                 if recorder is not None:
                     run.keep(recorder, self.record)
                 inputs.want(run)
+                for pair in recording.shared:
+                    run.tell_apart(pair)
                 run.taps = {name: [] for name in recording.requested()}
                 for name, returned in recording.outputs.items():
                     for kept in returned:
@@ -90,6 +92,7 @@ class Request:
                 for name, parameter in parameters.items():
                     run.observe(name, parameter if aliases is None else aliases.stand_in(parameter))
             recording.outputs.clear()
+            recording.shared.clear()
         return runs
 
     def record_more(self, runs: Sequence[tuple[Run, list[int]]]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from dynlrp.auditor import AuditedLedger, Auditor
-from dynlrp.capture import Aliases, Call, Kept, Recorder, Recording, Wanted
+from dynlrp.capture import Aliases, Call, Kept, Recorder, Recording, Shared, Wanted
 from dynlrp.composite import innermost
 from dynlrp.condition import Condition, channel_axis, mask
 from dynlrp.errors import (
@@ -154,6 +154,24 @@ class Run:
     def sources(self) -> list[Edge]:
         """Tensors whose relevance makes the results."""
         return list(dict.fromkeys(edge for group in self.groups for edge, _ in group.sources))
+
+    def tell_apart(self, shared: Shared) -> None:
+        """Refuse a tensor that a module was given and returned where one of the two is changed in place and the other
+        is used behind that: they have one memory, and the graph does not know."""
+        tensors = (shared.given, shared.output)
+        for tensor, (node, _), other in zip(tensors, shared.edges, reversed(shared.edges), strict=True):
+            written, below = None, tensor.grad_fn
+            while below is not None and below is not node:
+                written, below = below, next((child for child, _ in below.next_functions), None)
+            edge = self.graph.edge(*other)
+            if written is None or below is None or edge is None:
+                continue
+            later = (n for n, operands in zip(self.graph.nodes, self.graph.operands, strict=True) if edge in operands)
+            if any(n._sequence_nr() > written._sequence_nr() for n in later):
+                raise InputError(
+                    f"{shared.name!r} returns what it was given, which is changed in place under one name and used "
+                    f"later under the other: write it out of place (x = x + 1, not x += 1)"
+                )
 
     def tap(self, name: str, kept: Sequence[Kept]) -> None:
         """Ask for the relevance of a tensor on the way; what came with it may be masked."""

@@ -412,3 +412,30 @@ def test_outputs_with_no_channels_in_common_must_be_named() -> None:
     same(both, explain(model, x, 1, condition={"attention:input:0": [1], "attention:input:1": [1]}))
     first = explain(model, x, 1, condition={"attention:input:0": [1]})
     assert not torch.allclose(first.relevance, both.relevance)
+
+
+@pytest.mark.parametrize("written", ["output", "input"])
+def test_one_memory_under_two_names(written: str) -> None:
+    """Written to under one name and read under the other, as only a module that returns what it was given allows."""
+
+    class Net(nn.Module):
+        def __init__(self, after: bool) -> None:
+            super().__init__()
+            self.first, self.short, self.head, self.after = nn.Linear(3, 4), nn.Identity(), nn.Linear(4, 2), after
+
+        def forward(self, x: Tensor) -> Tensor:
+            given = self.first(x)
+            output = self.short(given)
+            pair = [given, output]
+            changed, other = pair[::-1] if written == "output" else pair
+            before = other * 2
+            changed += 1
+            return self.head(before + (other if self.after else changed))
+
+    x = oracle.draw(1, 2, 3)
+    model = peers.randomise(Net(after=True), 1).double()
+    assert explain(model, x, 1).ledger.closes
+    with pytest.raises(InputError, match="'short' returns what it was given, which is changed in place"):
+        explain(model, x, 1, layers="short")
+    fine = peers.randomise(Net(after=False), 1).double()
+    close(explain(fine, x, 1, layers="short").relevance, explain(fine, x, 1).relevance, 1e-12)
