@@ -114,6 +114,7 @@ class Recording:
         self._running: Frame | None = None
         self._events: list[tuple[int, Frame | None]] = []
         """Sequence number and what ran from there on, at every entry and exit of a module."""
+        self._asked = frozenset(layers)
         self._outputs = self._select(layers, "output")
         self._inputs = self._select(layers, "input")
         self._names: dict[int, str] | None = None
@@ -270,6 +271,8 @@ class Recording:
         number = parse(name)[1].rpartition(":")[2]
         if number.isdecimal():
             if int(number) >= len(tensors):
+                if name not in self._asked:  # found by a glob
+                    return
                 raise InputError(f"there is no {name!r}: the module has {len(tensors)} such tensors")
             tensors = [tensors[int(number)]]
         kept = []

@@ -380,6 +380,9 @@ def test_all_that_a_module_returns_is_conditioned(kind: type[nn.Module], composi
     same(*(explain(one, x, 1, composite=composite, condition={name: [1, 3]}) for name in ("cell", "last")), 1e-12)
     with pytest.raises(InputError, match="there is no 'cell:7'"):
         explain(model, x, 1, layers="cell:7")
+    second = explain(model, x, 1, composite=composite, layers="*:1").layers
+    close(second["cell:1"], layers["last"])
+    assert second["head:1"] is None
 
 
 def test_outputs_with_no_channels_in_common_must_be_named() -> None:
