@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 TRAINING = ("dropout_p", "dropout", "train", "training")
 """Arguments that tell, where they are 0 or false, that an operation draws nothing although others of its name do."""
 SETTERS = ("manual_seed", "seed", "set_state", "set_offset")
-PATIENCE = 0.5
+PATIENCE = 2.0
 """Seconds, on top of ten times its usual time, after which a run that does not end is taken to wait for numbers."""
 
 

@@ -172,6 +172,7 @@ def test_allowed_training_restores_statistics_and_random_state() -> None:
         explain(momentless, X, 1, allow_training=True)
 
 
+@pytest.mark.usefixtures("_impatient")
 def test_random_numbers_of_numpy_and_python() -> None:
     def noisy(x: Tensor) -> Tensor:
         return x * (1 + 0.1 * random.random() + 0.1 * float(np.random.rand()))
@@ -397,6 +398,13 @@ def test_draws_of_another_thread_are_no_error_and_stay_drawn(kind: str, create_g
     assert random_states() == reference(kind, count[0])
 
 
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that draws from numpy's generator is soon known by that."""
+    monkeypatch.setattr("dynlrp.randomness.PATIENCE", 0.2)
+
+
+@pytest.mark.usefixtures("_impatient")
 @pytest.mark.parametrize("kind", DRAWS)
 def test_own_draws_are_an_error_while_another_thread_draws(kind: str) -> None:
     """And what the other thread drew is not taken back."""
@@ -413,6 +421,7 @@ def test_own_draws_are_an_error_while_another_thread_draws(kind: str) -> None:
     assert [after[p] for p in place] == [before[p] for p in place]
 
 
+@pytest.mark.usefixtures("_impatient")
 @pytest.mark.parametrize(
     "draw",
     [
