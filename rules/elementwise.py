@@ -163,7 +163,7 @@ def _gelu(step: Any, x: Tensor) -> Tensor:
 
 def _gelu_secant(step: Any, x: Tensor) -> Tensor:
     if step.saved("approximate") == "none":
-        return torch.erfc(x * -math.sqrt(0.5)).mul_(0.5)  # of negative x, 1 + erf has no digits left
+        return (x * -math.sqrt(0.5)).erfc_().mul_(0.5)  # of negative x, 1 + erf has no digits left
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
