@@ -26,6 +26,7 @@ from dynlrp import (
     NotDifferentiableError,
     RuleError,
     TargetError,
+    TraceError,
     TrainingModeError,
     UnknownOperationError,
     When,
@@ -34,6 +35,7 @@ from dynlrp import (
     explain,
     relevance,
     rules,
+    trace,
 )
 from dynlrp.allocation.convert import torchao_config
 from dynlrp.rules import REGISTRY, Gamma, Operation
@@ -138,6 +140,11 @@ SITUATIONS: dict[str, tuple[type[DynLRPError], Callable[[], Any], Sequence[str]]
     ),
     "broken promise": (BrokenPromiseError, unkept, ["Gamma", "AddmmBackward0", "require grad"]),
     "freed graph": (FreedGraphError, freed, ["MmBackward0", "retain_graph=True"]),
+    "no straight line": (
+        TraceError,
+        lambda: trace(lambda x: x * 2 if x.sum() > 0 else x, X, 0),
+        ["numbers of a tensor", "test_errors.py", "explain()"],
+    ),
     "argmax": (NoPathError, no_path(lambda x: x.argmax(1)), ["graph"]),
     "integers": (NoPathError, no_path(lambda x: x.long()), ["graph"]),
     "detached": (NoPathError, no_path(lambda x: x.detach() * 2), ["detach"]),
