@@ -14,11 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dynlrp import Coverage, report, survey
-from dynlrp.zoo import entries
 
 PAGES = Path(__file__).parent.parent / "docs" / "pages" / "zoo"
 COMMAND = "python -m benchmarks.zoo --write"
-ZOOS = ("paper/", "family/", "timm/")
 
 
 def paper_page(reports: Sequence[Coverage], versions: Mapping[str, str]) -> str:
@@ -43,13 +41,13 @@ the same kinds, {total.passed} of {total.asked} of which were explained with a l
 
 {report.PAPER}
 
-What is missing: {_wrong(reports)}
+What is missing: {wrong(reports)}
 
-{_made(reports, versions)}"""
+{made(reports, versions)}"""
 
 
 def families_page(reports: Sequence[Coverage], versions: Mapping[str, str]) -> str:
-    """Small models of every architecture of transformers, and of timm where it is installed."""
+    """Small models of every architecture of transformers."""
     good = [one for one in reports if not one.error]
     kinds = Counter(one.modality or "other" for one in good)
     listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
@@ -57,23 +55,22 @@ def families_page(reports: Sequence[Coverage], versions: Mapping[str, str]) -> s
     return f"""# A model of every architecture
 
 Every model type of transformers as a small model with random weights (`family/...`), made from its own configuration
-class by one shrinker, and the smallest model of every module of timm where that is installed (`timm/...`). Of
-{len(reports)}, {len(good)} could be built here ({listed}). Every node of their graphs is looked up, and every model is
-explained. [What the columns say](../howto/coverage.md#what-is-counted).
+class by one shrinker. Of {len(reports)}, {len(good)} could be built here ({listed}). Every node of their graphs is
+looked up, and every model is explained. [What the columns say](../howto/coverage.md#what-is-counted).
 
 {report.summary(reports)}. An explanation takes {times[len(times) // 2]:.1f} times as long as forward and gradient (the
 median; these models are so small that the work per operation is everything).
 
 ## What is missing
 
-{_wrong(good)}
+{wrong(good)}
 
 ## What takes no part
 
 Modules with a twentieth of a model's parameters or more in which no node of its graph lies, as these inputs do not
 use them.
 
-{_idle(good)}
+{idle(good)}
 
 ## Models
 
@@ -83,17 +80,19 @@ use them.
 
 These could not be built here, or nothing that their shapes suggest was an input for them.
 
-{_wrong([one for one in reports if one.error])}
+{wrong([one for one in reports if one.error])}
 
-{_made(reports, versions)}"""
+{made(reports, versions)}"""
 
 
-def _wrong(reports: Sequence[Coverage]) -> str:
+def wrong(reports: Sequence[Coverage]) -> str:
+    """A table of all problems."""
     found = report.problems(reports)
     return report.table(found, report.PROBLEM) if found else "nothing."
 
 
-def _idle(reports: Sequence[Coverage]) -> str:
+def idle(reports: Sequence[Coverage]) -> str:
+    """A table of modules that take no part."""
     found = report.towers(reports)
     return report.table(found, report.TOWERS, report.TOWERS[2:]) if found else "nothing."
 
@@ -106,9 +105,10 @@ def _missing(total: report.Summary) -> str:
     return f"{total.operations - total.operations_covered} missing of {total.operations}"
 
 
-def _made(reports: Sequence[Coverage], versions: Mapping[str, str]) -> str:
+def made(reports: Sequence[Coverage], versions: Mapping[str, str], command: str = COMMAND) -> str:
+    """What the reports are true of, and how they were made."""
     found = ", ".join(f"{name} {value}" for name, value in versions.items() if name != "source")
-    return f"Composite `{reports[0].composite}`; {found}, Python {platform.python_version()}. Written by `{COMMAND}`.\n"
+    return f"Composite `{reports[0].composite}`; {found}, Python {platform.python_version()}. Written by `{command}`.\n"
 
 
 def main() -> None:
@@ -127,7 +127,7 @@ def main() -> None:
             versions |= json.loads(text)["versions"]
     else:
         options.keep.parent.mkdir(parents=True, exist_ok=True)
-        wanted = survey.tasks([name for name in entries() if name.startswith(ZOOS)], verify=True)
+        wanted = survey.tasks(["paper/*", "family/*"], verify=True)
         for one in survey.survey(wanted, processes=options.jobs, timeout=60, memory=5, kept=options.keep):
             print(one, flush=True)
             reports.append(one)

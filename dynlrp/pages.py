@@ -1,15 +1,16 @@
-"""HTML pages that are one file: data for the page's own script, with every text escaped."""
+"""HTML pages that are one file: every text of theirs is escaped, or data that the page's own script sets as text."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dynlrp.errors import InputError
 
 
-def render(template: str, *, title: str, data: Any) -> str:
-    """Fill a template of this package. ``data`` is plain data; the script sets it as text, never as HTML."""
+def render(template: str, *, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:
+    """Fill a template of this package, in which ``filters`` write numbers."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ModuleNotFoundError as error:
@@ -17,4 +18,5 @@ def render(template: str, *, title: str, data: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    return environment.get_template(template).render(title=title, data=data)
+    environment.filters.update(filters or {})
+    return environment.get_template(template).render(values)

@@ -647,17 +647,25 @@ def save(
         sheet.save(path, dpi=(_DPI, _DPI), pnginfo=notes)
     elif path.suffix.lower() == ".html":
         with _extra():
-            from jinja2 import Environment, StrictUndefined
             from markupsafe import Markup
-        environment = Environment(autoescape=True, undefined=StrictUndefined)
+        from dynlrp.pages import render
+
         total = math.fsum((ledger or {}).values()) if output is None else output
         largest = max(map(abs, [total, *(ledger or {}).values()]))
         places = max(0, 4 - math.floor(math.log10(largest))) if largest else 0
-        environment.filters["number"] = lambda value: f"{round(value, places) + 0.0:+,.{places}f}"
-        environment.filters["share"] = lambda value: f"{round(value, 3) + 0.0:.1%}"
-        page = environment.from_string(Path(__file__).with_name("page.html").read_text("utf-8"))
-        shown = [Markup(_fragment(panel)) for panel in panels]
-        text = page.render(title=title, facts=facts, panels=shown, ledger=ledger, output=total, tables=tables)
+        text = render(
+            "page.html",
+            filters={
+                "number": lambda value: f"{round(value, places) + 0.0:+,.{places}f}",
+                "share": lambda value: f"{round(value, 3) + 0.0:.1%}",
+            },
+            title=title,
+            facts=facts,
+            panels=[Markup(_fragment(panel)) for panel in panels],
+            ledger=ledger,
+            output=total,
+            tables=tables,
+        )
         path.write_text(text, encoding="utf-8")
     else:
         problem = "a PNG needs a panel" if path.suffix.lower() == ".png" else "the suffix must be .png or .html"

@@ -326,6 +326,7 @@ def test_models_of_timm() -> None:
     assert [name for name in zoo.entries() if name.startswith("timm/")] == ["timm/nets", "timm/others"]
     (family,) = find("timm/nets")
     assert sum(p.numel() for p in family.build().model.parameters()) == 4 * 28 + 4 * 36 * 3 + 3  # the smallest
+    assert examine(family).title == "nets: tiny_net"
     for name in ("large_net", "timm/large_net"):
         (entry,) = find(name)
         report = examine(entry, verify=True)

@@ -95,7 +95,7 @@ def examine(entry: Entry, *, composite: str = "auto", verify: bool = False) -> C
     example = entry.build()
     made = coverage(example.model, example.inputs, composite=composite, allow_training=example.random, name=entry.name)
     modality = made.modality or entry.modality()
-    made = replace(made, title=entry.title, published=entry.published, modality=modality)
+    made = replace(made, title=entry.title or example.title, published=entry.published, modality=modality)
     if not verify:
         return made
     from dynlrp.zoo.target import weighted_sum

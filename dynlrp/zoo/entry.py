@@ -23,6 +23,8 @@ class Example(NamedTuple):
     inputs: Any
     random: bool = False
     """Its forward pass draws random numbers."""
+    title: str = ""
+    """Which model it is, where that is found out when it is built."""
 
 
 @dataclass(frozen=True)

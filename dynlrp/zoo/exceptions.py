@@ -219,5 +219,5 @@ CLASSES = {
     "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
 }
 """Types whose class without a head is made from another configuration than their own."""
-RANDOM = ("informer", "reformer", "univnet", "vilt", "vit_mae", "vits")
+RANDOM = ("informer", "musicgen", "musicgen_melody", "reformer", "univnet", "vilt", "vit_mae", "vits")
 """Types that draw random numbers in their forward pass."""

@@ -34,7 +34,8 @@ def entry(name: str, shape: tuple[int, ...] | None = None) -> Entry:
 
 def smallest(module: str) -> Example:
     """The model of a family that has the fewest parameters, with random weights."""
-    return _example(min(timm.list_models(module=module), key=lambda name: _size(_build(name, "meta"))), "cpu")
+    name = min(timm.list_models(module=module), key=lambda name: _size(_build(name, "meta")))
+    return _example(name, "cpu")._replace(title=f"{module}: {name}")
 
 
 def _example(name: str, device: str, shape: tuple[int, ...] | None = None) -> Example:
