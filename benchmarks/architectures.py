@@ -61,37 +61,42 @@ def _embedded(batch: int, length: int, width: int) -> dict[str, Tensor]:
     return {"inputs_embeds": torch.randn(batch, length, width)}
 
 
-def _vit(batch: int) -> Case:
+def _vit(batch: int, length: int) -> Case:
     model = transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000))
     return Case(model, {"pixel_values": _image(batch)})
 
 
-def _bert(batch: int) -> Case:
-    model = transformers.BertForSequenceClassification(transformers.BertConfig())
-    return Case(model, _embedded(batch, 128, 768))
+def _bert(batch: int, length: int) -> Case:
+    config = transformers.BertConfig(max_position_embeddings=2048)
+    return Case(transformers.BertForSequenceClassification(config), _embedded(batch, length, 768))
 
 
-def _gpt2(batch: int) -> Case:
-    config = transformers.GPT2Config(use_cache=False, num_labels=2, pad_token_id=0)
-    return Case(transformers.GPT2ForSequenceClassification(config), _embedded(batch, 128, 768))
+def _gpt2(batch: int, length: int) -> Case:
+    config = transformers.GPT2Config(n_positions=2048, use_cache=False, num_labels=2, pad_token_id=0)
+    return Case(transformers.GPT2ForSequenceClassification(config), _embedded(batch, length, 768))
 
 
-def _llama(batch: int) -> Case:
+def llama(batch: int, length: int, layers: int = 12, width: int = 768) -> Case:
+    """Llama with 64 wide heads; 12 layers of 768 have 85 million weights."""
     config = transformers.LlamaConfig(
-        hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1376, vocab_size=8000,
+        hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers, vocab_size=100,
+        num_attention_heads=width // 64, num_key_value_heads=width // 128, max_position_embeddings=32768,
         use_cache=False, pad_token_id=0,
     )  # fmt: skip
-    return Case(transformers.LlamaForSequenceClassification(config), _embedded(batch, 128, 512))
+    return Case(transformers.LlamaForSequenceClassification(config), _embedded(batch, length, width))
 
 
-LARGE: dict[str, Callable[[int], Case]] = {
-    "VGG16": lambda batch: Case(vgg16(), _image(batch)),
-    "ResNet-50": lambda batch: Case(resnet50(), _image(batch)),
+LARGE: dict[str, Callable[[int, int], Case]] = {
+    "VGG16": lambda batch, length: Case(vgg16(), _image(batch)),
+    "ResNet-50": lambda batch, length: Case(resnet50(), _image(batch)),
     "ViT-B/16": _vit,
     "BERT-base": _bert,
     "GPT-2": _gpt2,
-    "Llama 8x512": _llama,
+    "Llama 12x768": llama,
 }
+"""Models at their true size, by batch and number of tokens."""
+TEXT = ("BERT-base", "GPT-2", "Llama 12x768")
+"""Those that the number of tokens matters to."""
 
 
 def _small(config: str, model: str, **options: Any) -> Callable[[int], Case]:

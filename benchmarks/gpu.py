@@ -7,18 +7,14 @@ Medians of interleaved calls that wait for the device at their end. *kernels* is
 profiler, over the time of the call: what is missing to 1 are gaps, in which the device waits for Python.
 ``--rival`` measures another library's explanation instead of ours: zennit 1.0 (EpsilonPlus, batch norm not merged, as
 its way to merge it sets an epsilon that PyTorch refuses) on convolutional nets, LXT 2.1 (efficient AttnLRP; needs
-transformers 4.52) on transformers. LXT changes the classes of a model for good, so what stands beside it is the
-gradient of the changed model.
+transformers 4.52) on transformers.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import json
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,11 +22,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 from benchmarks.architectures import Case, _image, resnet50, vgg16
-from benchmarks.cost import gradient, relevance, table
-from benchmarks.results import write_section
+from benchmarks.results import RESULTS, table, write_section
+from benchmarks.rivals import METHODS
+from benchmarks.rivals.plain import gradient
+from benchmarks.timing import interleaved, nothing
 
 Build = Callable[[int, int], Case]
 
@@ -95,20 +92,6 @@ def built(build: Build, batch: int, length: int, dtype: torch.dtype, device: str
     return case
 
 
-def timed(functions: list[Callable[[], object]], rounds: int, wait: Callable[[], object]) -> list[float]:
-    """Median seconds per call, taken in turns."""
-    seconds: list[list[float]] = [[] for _ in functions]
-    for number in range(rounds + 3):
-        for place, function in enumerate(functions):
-            wait()
-            start = time.perf_counter()
-            function()
-            wait()
-            if number > 2:
-                seconds[place].append(time.perf_counter() - start)
-    return [statistics.median(s) for s in seconds]
-
-
 def peak(function: Callable[[], object]) -> int:
     """Peak of allocated device memory during a call, in bytes above its start."""
     gc.collect()
@@ -129,33 +112,9 @@ def kernels(function: Callable[[], object]) -> float:
     return sum(event.self_device_time_total for event in profile.key_averages()) * 1e-6
 
 
-def lxt(case: Case) -> Callable[[], object]:
-    """The explanation of LXT: input x gradient with its classes in place of the model's."""
-    from lxt.efficient import monkey_patch
-
-    monkey_patch(importlib.import_module(type(case.model).__module__))
-    assert isinstance(case.inputs, dict)
-    (x,) = case.inputs.values()
-    return lambda: gradient(case) * x
-
-
-def zennit(case: Case) -> Callable[[], object]:
-    """The explanation of zennit by EpsilonPlus."""
-    from zennit.attribution import Gradient
-    from zennit.composites import EpsilonPlus
-
-    def explanation() -> object:
-        # As users call it; the rules are registered for this pass and removed again.
-        with Gradient(case.model, EpsilonPlus()) as attributor:
-            assert isinstance(case.inputs, Tensor)
-            return attributor(case.inputs, lambda y: torch.nn.functional.one_hot(y.argmax(1), y.shape[1]).to(y))
-
-    return explanation
-
-
 RIVALS = {
-    "lxt": (lxt, "LXT", ("GPT-2", "BERT-base", "Llama 3.2 1B", "Qwen3 0.6B")),
-    "zennit": (zennit, "zennit EpsilonPlus", ("VGG16", "ResNet-50")),
+    "lxt": ("LXT AttnLRP", ("GPT-2", "BERT-base", "Llama 3.2 1B", "Qwen3 0.6B")),
+    "zennit": ("zennit EpsilonPlus", ("VGG16", "ResNet-50")),
 }
 
 
@@ -165,10 +124,11 @@ def measure(
     """One row per composite, or one for a rival."""
     case = built(MODELS[name], batch, length, getattr(torch, dtype), device)
     cuda = device == "cuda"
-    composites = COMPOSITES.get(name, ("attnlrp",)) if rival is None else (RIVALS[rival][1],)
-    functions: list[Callable[[], object]] = [partial(gradient, case)]
-    functions += [partial(relevance, case, c) for c in composites] if rival is None else [RIVALS[rival][0](case)]
-    seconds = timed(functions, rounds, torch.cuda.synchronize if cuda else lambda: None)
+    composites = COMPOSITES.get(name, ("attnlrp",)) if rival is None else (RIVALS[rival][0],)
+    methods = [METHODS[f"dynlrp {c}" if rival is None else c] for c in composites]
+    functions: list[Callable[[], object]] = [partial(gradient, case), *(partial(method, case) for method in methods)]
+    wait = torch.cuda.synchronize if cuda else nothing
+    seconds = [timing.median for timing in interleaved(functions, rounds, warm=3, wait=wait)]
     memory = [peak(f) if cuda else 0 for f in functions]
     running = [kernels(f) if cuda else 0.0 for f in functions]
     rows = []
@@ -206,7 +166,7 @@ def main() -> None:
         return
     torch.manual_seed(0)
     for name in options.only:
-        if options.rival and name not in RIVALS[options.rival][2]:
+        if options.rival and name not in RIVALS[options.rival][1]:
             continue
         for dtype in options.dtypes:
             for batch in options.batches:
@@ -246,7 +206,7 @@ def write(rows: list[dict[str, Any]]) -> None:
     versions = dict.fromkeys(row["versions"] for row in rows)
     note = f"{'; '.join(versions)}. Command: `python -m benchmarks.gpu --json ROWS`, then `--write ROWS`. *kernels* is"
     note += " the share of the time in which kernels run; the rest are gaps, in which the device waits for Python."
-    write_section(Path(__file__).with_name("RESULTS.md"), "GPU", note + "\n\n" + table(header, body))
+    write_section(RESULTS, "GPU", note + "\n\n" + table(header, body))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import platform
-import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +19,8 @@ import transformers
 from torch import nn
 
 from benchmarks.architectures import Case, vgg16
-from benchmarks.cost import interleaved, peak_memory, table
-from benchmarks.results import write_section
+from benchmarks.results import RESULTS, setting, table, write_section
+from benchmarks.timing import interleaved, peak_memory
 from dynlrp import explain, explain_many
 
 
@@ -86,7 +83,7 @@ def rows(rounds: int, count: int) -> list[list[str]]:
                 partial(together, case, targets, composite),
                 partial(together, case, targets, composite, 1),
             ]
-            seconds = [statistics.median(s) for s in interleaved(functions, rounds)]
+            seconds = [timing.median for timing in interleaved(functions, rounds)]
             memory = [peak_memory(f) for f in functions]
             found.append(
                 [
@@ -120,13 +117,11 @@ def main() -> None:
     header += ["peak", "together / that", "one by one / that"]
     text = table(header, rows(options.rounds, count))
     if options.write:
-        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
         note = (
             f"{count} targets of one sample from one forward pass, in one traversal (*together*) or one for each "
-            f"(*one by one*, `chunk=1`), beside {count} calls of `explain`. CPU, {options.threads} threads, float32; "
-            f"{versions}, Python {platform.python_version()}. Command: `python -m benchmarks.many --write`."
+            f"(*one by one*, `chunk=1`), beside {count} calls of `explain`; float32."
         )
-        write_section(Path(__file__).with_name("RESULTS.md"), "Many targets", f"{note}\n\n{text}")
+        write_section(RESULTS, "Many targets", f"{setting('python -m benchmarks.many --write')}\n\n{note}\n\n{text}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def relevance(case: Case, target: Tensor | None, preset: str) -> Tensor:
 
 
 _PRESETS = {
-    "attnlrp": Composite.of("autoLRP attnlrp", {"addition": Magnitude(), "convolution": Gamma(0.25)}),
+    "attnlrp": Composite.of("autoLRP attnlrp", {"addition": Magnitude(), "convolution": Gamma(0.25, epsilon=1e-11)}),
     "composite": Composite.of(
         "autoLRP composite", {"addition": Magnitude(), "convolution": ZPlus(), "dense": Epsilon(1e-6)}
     ),

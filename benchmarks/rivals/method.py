@@ -22,6 +22,7 @@ class Method:
     ``explain(case, target)`` gives relevance of the shape of ``case.x``; ``target``, of shape (samples,), has the
     place of the explained output among all of a sample's, None takes the largest. ``fits(case)``: whether the method
     is made for that model. ``composite``: that of dynlrp with the same rules. ``package``: what has to be installed.
+    ``exact``: the same with hardly a stabiliser where dynlrp has none, which is in pooling and sums.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Method:
     fits: Callable[[Case], bool] = lambda case: True
     composite: str | Composite | None = None
     package: str | None = None
+    exact: Explain | None = None
 
     def __call__(self, case: Case, target: Tensor | None = None) -> Tensor:
         """Relevance of ``case.x``, detached."""

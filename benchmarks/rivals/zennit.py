@@ -1,7 +1,7 @@
 """zennit: rules on modules, by hooks.
 
 Each model is given the canonizers that its residual sums and batch norms need: zennit's own for torchvision's ResNets,
-one written here for EfficientNet-Lite, since zennit takes a sum only where it is a module.
+written here for other nets, since zennit takes a sum only where it is a module.
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ def canonizers(model: nn.Module) -> list[Any]:
     from zennit.torchvision import ResNetBasicBlockCanonizer, ResNetBottleneckCanonizer
 
     def block(name: str, module: nn.Module) -> dict[str, Any] | None:
-        if type(module).__name__ != "MBConvBlock":
+        forward = {"MBConvBlock": _mbconv, "Bottleneck": _bottleneck}.get(type(module).__name__)
+        if forward is None or type(module).__module__.startswith("torchvision."):
             return None
-        return {"canonizer_sum": Sum(), "forward": _mbconv.__get__(module)}
+        return {"canonizer_sum": Sum(), "forward": forward.__get__(module)}
 
+    sums = [ResNetBottleneckCanonizer(), ResNetBasicBlockCanonizer(), AttributeCanonizer(block)]
+    if next(model.parameters()).is_cuda:  # merged batch norms have an epsilon of 0, which cuDNN refuses
+        return sums
     weighted = [(n, m) for n, m in model.named_modules() if isinstance(m, (types.Linear, types.BatchNorm))]
     # EfficientNet-Lite's convolutions have a child that pads; zennit's search for neighbours passes them over.
     padded = [
@@ -40,10 +44,12 @@ def canonizers(model: nn.Module) -> list[Any]:
         for (before, layer), (name, norm) in pairwise(weighted)
         if isinstance(norm, types.BatchNorm) and any(True for _ in layer.children())
     ]
-    return [
-        SequentialMergeBatchNorm(), NamedMergeBatchNorm(padded), AttributeCanonizer(block), ResNetBottleneckCanonizer(),
-        ResNetBasicBlockCanonizer(),
-    ]  # fmt: skip
+    return [SequentialMergeBatchNorm(), NamedMergeBatchNorm(padded), *sums]
+
+
+def _bottleneck(self: Any, x: Tensor) -> Tensor:
+    """The forward pass of :class:`dynlrp.zoo.nets.Bottleneck`, with a module as its sum."""
+    return torch.relu(self.canonizer_sum(torch.stack([self.body(x), self.skip(x)], dim=-1)))
 
 
 @contextmanager
@@ -71,17 +77,21 @@ def _mbconv(self: Any, inputs: Tensor, drop_connect_rate: float | None = None) -
     return x
 
 
-def composite(name: str, model: nn.Module, **options: Any) -> Any:
-    """A composite of zennit, or ``Epsilon``: the epsilon rule, 1e-6, on every layer with weights."""
+def composite(name: str, model: nn.Module, sums: float = 1e-6, **options: Any) -> Any:
+    """A composite of zennit, or ``Epsilon``: the epsilon rule, 1e-6, on every layer with weights.
+
+    ``sums`` is the stabiliser of residual sums and average pooling.
+    """
     from zennit import composites, rules, types
 
+    layers = composites.layer_map_base(sums)
     if name == "Epsilon":
-        layers = [*composites.layer_map_base(), (types.Linear, rules.Epsilon(1e-6))]
+        layers.append((types.Linear, rules.Epsilon(1e-6)))
         return composites.LayerMapComposite(layers, canonizers=canonizers(model))
-    return getattr(composites, name)(**options, canonizers=canonizers(model))
+    return getattr(composites, name)(**options, layer_map=layers, canonizers=canonizers(model))
 
 
-def relevance(case: Case, target: Tensor | None, name: str) -> Tensor:
+def relevance(case: Case, target: Tensor | None, name: str, sums: float = 1e-6) -> Tensor:
     """As users call it: hooks are registered for this explanation and removed again."""
     from zennit.attribution import Gradient
 
@@ -92,9 +102,9 @@ def relevance(case: Case, target: Tensor | None, name: str) -> Tensor:
 
     def seed(output: Tensor) -> Tensor:
         places = output.argmax(1) if target is None else target
-        return torch.where(torch.arange(output.shape[1]) == places[:, None], output.detach(), 0.0)
+        return torch.where(torch.arange(output.shape[1], device=output.device) == places[:, None], output.detach(), 0.0)
 
-    with restored(case.model), Gradient(case.model, composite(name, case.model, **options)) as attributor:
+    with restored(case.model), Gradient(case.model, composite(name, case.model, sums, **options)) as attributor:
         found: Tensor = attributor(x, seed)[1]
     return found
 
@@ -109,6 +119,13 @@ _COMPOSITES: dict[str, str | Composite] = {
 }
 
 METHODS = [
-    Method(f"zennit {name}", partial(relevance, name=name), convolutional, same, "zennit")
+    Method(
+        f"zennit {name}",
+        partial(relevance, name=name),
+        convolutional,
+        same,
+        "zennit",
+        partial(relevance, name=name, sums=1e-12),
+    )
     for name, same in _COMPOSITES.items()
 ]
