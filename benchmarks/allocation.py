@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.allocation_models import CACHE, DEVELOPMENT, HELD_OUT, Subject, load
-from benchmarks.cost import table
-from benchmarks.results import write_section
+from benchmarks.results import table, write_section
 from dynlrp import Composite, When, relevance
 from dynlrp.allocation import Budget, Calibration, Quantizer, Task, find_layers, measure, score
 from dynlrp.allocation.budget import make_limits
