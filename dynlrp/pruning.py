@@ -39,7 +39,7 @@ class Unit(NamedTuple):
     """A filter, neuron or head."""
 
     tensor: str
-    """As in :data:`Masks`."""
+    """As in ``Masks``."""
     unit: int
     relevance: float
     error: float
@@ -51,7 +51,7 @@ class UnitRelevance:
     """How relevant the units of a model are."""
 
     relevance: dict[str, Tensor]
-    """The mean share of each unit in the relevance of its tensor, ``(units,)`` by name as in :data:`Masks`."""
+    """The mean share of each unit in the relevance of its tensor, ``(units,)`` by name as in ``Masks``."""
     error: dict[str, Tensor]
     """Standard errors of these means over samples."""
     samples: int
