@@ -16,6 +16,7 @@ import gc
 import json
 import math
 import resource
+import statistics
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -98,9 +99,10 @@ class Point:
 
 
 def explanations(case: Case, composites: Iterable[str]) -> list[str]:
-    """The methods that are measured on a model: our composites, then the libraries that are there and fit."""
+    """The methods that are measured on a model: our composites, by a pass and by a program, then the libraries that are
+    there and fit."""
     there = [name for name in RIVALS if METHODS[name].installed and METHODS[name].fits(case)]
-    return [f"dynlrp {composite}" for composite in composites] + there
+    return [f"{way} {composite}" for composite in composites for way in ("dynlrp", "program")] + there
 
 
 def first_calls(case: Case, methods: Iterable[str]) -> tuple[dict[str, float], dict[str, str]]:
@@ -163,7 +165,7 @@ def small(rounds: int) -> Iterator[Row]:
         torch.manual_seed(0)
         case = build(1)
         case.model.eval().requires_grad_(False)
-        yield from measure(name, case, Load(length=16), ["dynlrp attnlrp"], rounds, math.inf)
+        yield from measure(name, case, Load(length=16), ["dynlrp attnlrp", "program attnlrp"], rounds, math.inf)
 
 
 def deep(layers: int) -> Case:
@@ -235,9 +237,16 @@ def table_of_rows(rows: Iterable[Row]) -> str:
 
 
 def table_of_small(rows: Sequence[Row]) -> str:
-    """Small models."""
-    body = [[row.model, _ms(row.gradient), f"{row.time:.2f}", f"{row.first:.2f}"] for row in rows]
-    return table(["two layers, 64 wide", "forward + gradient", "explain / that", "first call / that"], body)
+    """Small models, and the medians over them."""
+    found = {(row.model, row.method): row for row in rows}
+    methods = list(dict.fromkeys(row.method for row in rows))
+    body = [
+        [model, _ms(found[model, methods[0]].gradient), *(f"{found[model, method].time:.2f}" for method in methods)]
+        for model in dict.fromkeys(row.model for row in rows)
+    ]
+    medians = [statistics.median(row.time for row in rows if row.method == method) for method in methods]
+    body.append(["median", "", *(f"{median:.2f}" for median in medians)])
+    return table(["two layers, 64 wide", "forward + gradient", *(f"{method} / that" for method in methods)], body)
 
 
 def slopes(points: Iterable[Point], axis: str, value: str) -> dict[str, tuple[float, int, int]]:
@@ -392,12 +401,12 @@ def write(grid: list[Row], small: list[Row], points: list[Point]) -> None:
     from benchmarks import charts
 
     names = dict.fromkeys(METHODS[row.method].package for row in grid if row.method in RIVALS)
-    ratios = sorted(row.time for row in small)
     parts = [
         setting("python -m benchmarks.speed --write", [str(name) for name in names]),
-        "float32. Each explanation beside forward + input gradient of the same model, interleaved: medians, and half "
-        "the distance of the quartiles as spread. *First call* is a model's first in a process that has explained "
-        "other models. Weights are frozen unless said otherwise. Goals, and where they are met:",
+        "float32. *dynlrp* is `explain`, *program* what `trace` gives, whose first call traces. Each beside forward "
+        "+ input gradient of the same model, interleaved: medians, and half the distance of the quartiles as spread. "
+        "*First call* is a model's first in a process that has explained other models. Weights are frozen unless said "
+        "otherwise. Goals, and where they are met:",
         table_of_goals(goals(grid, points)),
         charts.bars(grid, "time", "time / forward + gradient", "speed"),
         charts.bars(grid, "memory", "peak memory / forward + gradient", "memory"),
@@ -405,7 +414,7 @@ def write(grid: list[Row], small: list[Row], points: list[Point]) -> None:
     ]
     if small:
         parts += [
-            f"Models so small that the cost per node is everything (`attnlrp`; median {ratios[len(ratios) // 2]:.2f}):",
+            "Models so small that the cost per node is everything:",
             table_of_small(small),
         ]
     if points:

@@ -42,4 +42,7 @@ def test_readme_lists_every_composite() -> None:
 def test_links_of_the_readme_lead_somewhere() -> None:
     prose = BLOCK.sub("", (ROOT / "README.md").read_text("utf-8"))
     links = re.findall(r"\]\((?!http)([^)]+)\)", prose)
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    for file, _, anchor in (link.partition("#") for link in links):
+        assert (ROOT / file).exists(), file
+        heads = re.findall(r"^#+ (.+)$", (ROOT / file).read_text("utf-8"), re.MULTILINE) if anchor else [anchor]
+        assert anchor in [head.lower().replace(" ", "-") for head in heads], anchor
