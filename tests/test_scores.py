@@ -577,3 +577,46 @@ def test_samples_that_are_not_first_are_refused() -> None:
         with pytest.raises(InputError, match="batches of one sample"):
             allocate(model, torch.randn(2, 5, 4), 20, score=name)
         allocate(model, torch.randn(2, 5, 4), 20, score=name, batch_size=1)
+
+
+def _gpt2() -> tuple[nn.Module, Any, Any]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=1)
+    return GPT2LMHeadModel(config), {"input_ids": torch.randint(40, (4, 6))}, (-1, 3)
+
+
+def _swin() -> tuple[nn.Module, Any, Any]:
+    from transformers import SwinConfig, SwinForImageClassification
+
+    config = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4)
+    return SwinForImageClassification(config), {"pixel_values": torch.randn(4, 3, 16, 16)}, 1
+
+
+def _encoder() -> tuple[nn.Module, Any, Any]:
+    """In eval mode it has a fused way that runs no layer, unless somebody watches."""
+    return (
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1),
+        torch.randn(4, 5, 16),
+        None,
+    )
+
+
+@pytest.mark.parametrize("build", [_gpt2, _swin, _encoder])
+def test_architectures(build: Callable[[], tuple[nn.Module, Any, Any]]) -> None:
+    """Every layer matters, frozen or not, and samples score alike in a batch and alone."""
+    model, inputs, target = build()
+    model = peers.randomise(model, 3, std=0.2).double().eval()
+    if isinstance(inputs, dict):
+        inputs = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    else:
+        inputs = inputs.double()
+    of = Task(model, find_layers(model), Calibration(inputs, batch_size=4), BITS, target=target)
+    alone = replace(of, calibration=Calibration(inputs, batch_size=1))
+    for name in ("absolute_relevance", "lim", "owl", "measured"):
+        close(raw(of, name), raw(alone, name), 1e-8)  # convolutions and products in other orders
+    for name in ("gauss_newton", "fisher", "modelopt", "absolute_relevance"):
+        model.requires_grad_(True)
+        trainable = raw(of, name)
+        assert bool((trainable.mean(0) > 0).all())
+        close(raw(replace(of, model=model.requires_grad_(False)), name), trainable, 1e-10)
