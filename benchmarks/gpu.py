@@ -1,10 +1,11 @@
 """What an explanation costs on a CUDA device beside forward + input gradient: time, peak memory, share of kernels.
 
     python -m benchmarks.gpu [--dtypes float32 bfloat16] [--batches 1 8 32] [--lengths 512] [--only NAME ...]
-                             [--rival lxt|zennit] [--json ROWS] [--write ROWS]
+                             [--no-graphs] [--rival lxt|zennit] [--json ROWS] [--write ROWS]
 
 Medians of interleaved calls that wait for the device at their end. *kernels* is the time that kernels run, by the
 profiler, over the time of the call: what is missing to 1 are gaps, in which the device waits for Python.
+*CUDA graph* is the program of ``trace``, captured: its memory is that of the graph and stays with it.
 ``--rival`` measures another library's explanation instead of ours: zennit 1.0 (EpsilonPlus, batch norm not merged, as
 its way to merge it sets an epsilon that PyTorch refuses) on convolutional nets, LXT 2.1 (efficient AttnLRP; needs
 transformers 4.52) on transformers.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -75,6 +77,8 @@ MODELS: dict[str, Build] = {
     ),
 }  # fmt: skip
 COMPOSITES = {"VGG16": ("epsilon", "epsilon_plus", "auto"), "ResNet-50": ("epsilon", "epsilon_plus", "auto")}
+WITHOUT_GRAPH = ("Mamba 130M",)
+"""Its scan is a loop in Python, with more operations than a trace should have."""
 LONG = ("Llama 3.2 1B", "Qwen3 0.6B")
 """Models that are also measured at the lengths beyond the first."""
 
@@ -119,26 +123,32 @@ RIVALS = {
 
 
 def measure(
-    name: str, dtype: str, batch: int, length: int, rounds: int, device: str, rival: str | None
+    name: str, dtype: str, batch: int, length: int, rounds: int, device: str, rival: str | None, graphs: bool
 ) -> list[dict[str, Any]]:
-    """One row per composite, or one for a rival."""
+    """One row per composite and way, or one for a rival."""
     case = built(MODELS[name], batch, length, getattr(torch, dtype), device)
     cuda = device == "cuda"
-    composites = COMPOSITES.get(name, ("attnlrp",)) if rival is None else (RIVALS[rival][0],)
-    methods = [METHODS[f"dynlrp {c}" if rival is None else c] for c in composites]
-    functions: list[Callable[[], object]] = [partial(gradient, case), *(partial(method, case) for method in methods)]
+    composites = COMPOSITES.get(name, ("attnlrp",))
+    graphs = graphs and name not in WITHOUT_GRAPH
+    ways = {"": "dynlrp", ", CUDA graph": "CUDA graph"} if graphs else {"": "dynlrp"}
+    methods = {f"{c}{label}": METHODS[f"{way} {c}"] for c in composites for label, way in ways.items()}
+    if rival is not None:
+        methods = {RIVALS[rival][0]: METHODS[RIVALS[rival][0]]}
+    functions: list[Callable[[], object]] = [partial(gradient, case)]
+    functions += [partial(method, case) for method in methods.values()]
     wait = torch.cuda.synchronize if cuda else nothing
     seconds = [timing.median for timing in interleaved(functions, rounds, warm=3, wait=wait)]
     memory = [peak(f) if cuda else 0 for f in functions]
     running = [kernels(f) if cuda else 0.0 for f in functions]
     rows = []
-    for place, composite in enumerate(composites, 1):
+    for place, composite in enumerate(methods, 1):
         rows.append(
             {
                 "versions": f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__}",
                 "model": name, "dtype": dtype, "batch": batch, "length": length, "composite": composite,
                 "gradient_ms": seconds[0] * 1e3, "time": seconds[place] / seconds[0],
-                "gradient_MiB": memory[0] / 2**20, "memory": memory[place] / max(memory[0], 1),
+                "gradient_MiB": memory[0] / 2**20,
+                "memory": math.nan if "graph" in composite else memory[place] / max(memory[0], 1),
                 "gradient_kernels": running[0] / seconds[0], "kernels": running[place] / seconds[place],
                 "kernel_time": running[place] / max(running[0], 1e-12),
             }
@@ -153,6 +163,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--lengths", nargs="+", type=int, default=[512])
     parser.add_argument("--only", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="leave CUDA graphs out")
     parser.add_argument("--rival", choices=list(RIVALS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda")
@@ -174,7 +185,9 @@ def main() -> None:
                     if length != options.lengths[0] and (name not in LONG or batch != options.batches[0]):
                         continue
                     try:
-                        found = measure(name, dtype, batch, length, options.rounds, options.device, options.rival)
+                        found = measure(
+                            name, dtype, batch, length, options.rounds, options.device, options.rival, options.graphs
+                        )
                     except torch.OutOfMemoryError:
                         print(name, dtype, batch, length, "out of memory", flush=True)
                         continue
@@ -198,14 +211,17 @@ def write(rows: list[dict[str, Any]]) -> None:
         [
             row["model"], row["dtype"], str(row["batch"]), str(row["length"]), row["composite"],
             f"{row['gradient_ms']:.1f} ms", f"{row['time']:.2f}", f"{row['gradient_MiB']:.0f} MiB",
-            f"{row['memory']:.2f}", f"{row['gradient_kernels']:.2f}", f"{row['kernels']:.2f}",
-            f"{row['kernel_time']:.2f}",
+            "" if math.isnan(row["memory"]) else f"{row['memory']:.2f}",
+            f"{row['gradient_kernels']:.2f}", f"{row['kernels']:.2f}", f"{row['kernel_time']:.2f}",
         ]
         for row in rows
     ]  # fmt: skip
     versions = dict.fromkeys(row["versions"] for row in rows)
     note = f"{'; '.join(versions)}. Command: `python -m benchmarks.gpu --json ROWS`, then `--write ROWS`. *kernels* is"
-    note += " the share of the time in which kernels run; the rest are gaps, in which the device waits for Python."
+    note += (
+        " the share of the time in which kernels run; the rest are gaps, in which the device waits for Python. *CUDA"
+    )
+    note += " graph* is the program of `trace`, captured; its memory is that of the graph and stays with it."
     write_section(RESULTS, "GPU", note + "\n\n" + table(header, body))
 
 
