@@ -209,13 +209,14 @@ def logs(found: dict[str, Any], name: str) -> Matrix:
     return np.asarray(np.log(own / uniform))
 
 
-def interval(groups: list[Matrix], rounds: int = 10_000) -> tuple[float, float, float]:
-    """The mean over groups of their means, with a 95 % bootstrap interval over the members of every group."""
+def interval(groups: list[Matrix], others: bool = False, rounds: int = 10_000) -> tuple[float, float, float]:
+    """The mean over groups of their means, with a 95 % bootstrap interval over the members of every group; and, for
+    ``others``, over the groups."""
     generator = np.random.default_rng(0)
-    drawn = np.mean(
-        [group[generator.integers(len(group), size=(rounds, len(group)))].mean(1) for group in groups], axis=0
-    )
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    means = np.stack([group[generator.integers(len(group), size=(rounds, len(group)))].mean(1) for group in groups])
+    if others:
+        means = np.take_along_axis(means, generator.integers(len(groups), size=means.shape), axis=0)
+    low, high = np.quantile(means.mean(0), [0.025, 0.975])
     return float(np.mean([group.mean() for group in groups])), float(low), float(high)
 
 
@@ -226,10 +227,10 @@ def compare(results: dict[str, Any]) -> list[dict[str, Any]]:
     for name in (*SCORES, MEASURED, RANDOM, UNIFORM):
         every = [logs(found, name) for found in results.values()]
         best = [logs(found, ours) for found in results.values()]
-        if name == RANDOM:
+        if name in (RANDOM, UNIFORM):  # no samples take part, so there are no draws to pair
             pairs = [b - e.mean(0) for b, e in zip(best, every, strict=True)]
         else:
-            pairs = [b[: len(e)] - e if len(e) > 1 else b - e for b, e in zip(best, every, strict=True)]
+            pairs = [b[: len(e)] - e for b, e in zip(best, every, strict=True)]
         wins = np.mean([np.mean((p < 0) + 0.5 * (p == 0)) for p in pairs])
         right = [np.nanmean(f["scores"][name]["right"]) for f in results.values()]
         rows.append(
@@ -238,6 +239,7 @@ def compare(results: dict[str, Any]) -> list[dict[str, Any]]:
                 "mean": interval([e.mean(1) for e in every]),
                 "models": [float(e.mean()) for e in every],
                 "difference": interval([p.mean(1) for p in pairs]),
+                "elsewhere": interval([p.mean(1) for p in pairs], others=True),
                 "wins": float(wins),
                 "right": float(np.mean(right)),
                 "seconds": float(np.mean([np.mean(f["scores"][name]["seconds"]) for f in results.values()])),
@@ -249,22 +251,27 @@ def compare(results: dict[str, Any]) -> list[dict[str, Any]]:
 def as_table(rows: list[dict[str, Any]], names: list[str]) -> str:
     """The table."""
     ours = next(iter(SCORES))
-    header = ["score", "log ratio", f"{ours.split(':')[0]} minus it", "its win rate", "right", "seconds", *names]
+    header = ["score", "log ratio", f"{ours.split(':')[0]} minus it", "over models", "win rate", "right", "seconds"]
     lines = []
     for row in rows:
-        low, high = row["difference"][1:]
+        pair = [_show(row["difference"], "+"), _show(row["elsewhere"], "+"), f"{row['wins']:.0%}"]
         lines.append(
             [
                 f"**{row['name']}**" if row["name"] == ours else row["name"],
-                "{:.3f} [{:.3f}, {:.3f}]".format(*row["mean"]),
-                "" if row["name"] == ours else f"{row['difference'][0]:+.3f} [{low:+.3f}, {high:+.3f}]",
-                "" if row["name"] == ours else f"{row['wins']:.0%}",
+                _show(row["mean"]),
+                *(["", "", ""] if row["name"] == ours else pair),
                 f"{row['right']:.1%}",
                 f"{row['seconds']:.2f}",
                 *(f"{m:.2f}" for m in row["models"]),
             ]
         )
-    return table(header, lines)
+    return table([*header, *names], lines)
+
+
+def _show(found: tuple[float, float, float], sign: str = "") -> str:
+    """A mean and its interval, if it has one."""
+    mean, low, high = (f"{number:{sign}.3f}" for number in found)
+    return mean if low == high else f"{mean} [{low}, {high}]"
 
 
 def draw_chart(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
@@ -341,8 +348,10 @@ CHART = "Every score with its interval, and a mark for each model"
 NOTE = """\
 Bits for every layer by each score, on models that no choice was made on. *log ratio*: the mean over models, draws of
 calibration samples and budgets of log(divergence / divergence of uniform bits), lower is better, with a 95 % bootstrap
-interval over draws, the models fixed. *weight error minus it* is paired: below 0, weight error is better. *right*:
-right outputs, or for EfficientNet-Lite0 those that stay the same. *seconds*: for scoring, of {samples} samples.
+interval over draws, the models fixed. *weight error minus it* is paired: below 0, weight error is better. *over models*
+is its interval where models are drawn too. *win rate*: of weight error against it, over models, draws and budgets; a
+draw counts half. *right*: right outputs, or for EfficientNet-Lite0 those that stay the same. *seconds*: for scoring, of
+{samples} samples. The last columns are the log ratio of every model.
 
 {draws} draws of {samples} samples; budgets of {budgets} bits; weights from 2 to 8 bits, rounded to nearest with a scale
 for each channel; {randoms} random allocations; one layer at a time was measured in {measured} of the draws. CPU,

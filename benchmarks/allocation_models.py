@@ -580,4 +580,6 @@ def load(name: str, data: Path) -> Subject:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {**DEVELOPMENT, **HELD_OUT}[name](data)
+        subject = {**DEVELOPMENT, **HELD_OUT}[name](data)
+    subject.model.requires_grad_()  # so that graphs have all that rules ask for
+    return subject

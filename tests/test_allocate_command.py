@@ -60,7 +60,7 @@ def test_table(array: Path, tmp_path: Path) -> None:
         assert line[:4] == [row.layer, str(row.weights), str(row.bits), "\N{FULL BLOCK}" * row.bits]
         assert float(line[4]) == pytest.approx(row.score, rel=1e-2)
     assert f"{expected.average_bits:.3f} bits for each weight" in result.stdout
-    assert "relevance, 6 samples; solution: exact" in result.stdout
+    assert "score weight_error, 6 samples; solution: exact" in result.stdout
     assert Allocation.load(tmp_path / "bits.json").bits == expected.bits
     assert (tmp_path / "bits.png").read_bytes().startswith(b"\x89PNG")
 

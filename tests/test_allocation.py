@@ -49,9 +49,9 @@ def given() -> Any:
 
 def test_the_bits_are_the_best_within_the_budget(net: Net) -> None:
     """Against all 3^5 allocations, with every cost by hand."""
-    candidates, found = (2, 4, 8), allocate(net, X, 7, (2, 4, 8))
+    candidates, found = (2, 4, 8), allocate(net, X, 7, (2, 4, 8), score="relevance")
     layers = find_layers(net)
-    scores = measure(Task(net, layers, Calibration(X), candidates))
+    scores = measure(Task(net, layers, Calibration(X), candidates), "relevance")
     best, chosen = float("inf"), {}
     for choice in itertools.product(range(3), repeat=5):
         bits = {name: candidates[c] for name, c in zip(layers, choice, strict=True)}
@@ -177,7 +177,7 @@ def test_plot(net: Net) -> None:
     assert [label.get_text() for label in left.get_yticklabels()] == ["stem", "query", "key", "value", "head"]
     assert [bar.get_width() for bar in left.patches] == list(found.bits.values())
     assert [bar.get_width() for bar in right.patches] == [row.score for row in found.table]
-    assert right.get_title(loc="left") == "relevance"
+    assert right.get_title(loc="left") == "weight error"
     ends = [segment[:, 0].tolist() for segment in right.collections[0].get_segments()]
     assert ends == [pytest.approx([row.low, row.high]) for row in found.table]
     many = plot.bits([f"layer {n}" for n in range(1000)], [4] * 1000, *[[0.5] * 1000] * 3)

@@ -96,6 +96,6 @@ def test_kinds_agree() -> None:
     model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     loader = DataLoader(TensorDataset(X), batch_size=3)
     kinds: list[Any] = [X, (X,), [X[:7], X[7:]], loader, {"input": X}]
-    means = [allocate(model, kind, 20).scores.mean for kind in kinds]
+    means = [allocate(model, kind, 20, score="relevance").scores.mean for kind in kinds]
     for mean in means[1:]:
         assert torch.allclose(mean, means[0], rtol=1e-5)  # float32, summed in other orders

@@ -211,9 +211,9 @@ def allocate(
 ) -> Allocation:
     """Give every layer the bits with which the model suffers least within a budget.
 
-    Sensitivity of every layer is measured on the calibration data, one pass at a time; the cost of b bits is that
-    sensitivity times the noise that b bits cause in the layer's weights; the bits are those of least total cost
-    within the budget, solved exactly. The model stays as it is.
+    A score says, from a forward and a backward pass over the calibration data, what b bits in a layer cost: either
+    that cost itself, or a sensitivity that is multiplied with the noise of b bits. The bits are those of least total
+    cost within the budget, solved exactly. The model stays as it is.
 
     Args:
         model: in eval mode.

@@ -67,7 +67,7 @@ def weight_error(task: Task) -> Iterator[Tensor]:
 @torch.no_grad()
 def _squared_errors(task: Task, layer: Layer) -> Tensor:
     """``dW^2`` of every candidate, ``(candidates, *weight)``."""
-    return torch.stack([task.quantizer.round(layer, bits) - layer.weight for bits in task.candidates]).square()
+    return torch.stack([task.error(layer, bits) for bits in task.candidates]).square()
 
 
 def _backward(task: Task) -> Iterator[tuple[list[tuple[Layer, Graded]], int]]:
