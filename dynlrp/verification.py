@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,8 @@ from dynlrp.explain import explain
 from dynlrp.inputs import as_dicts, call
 from dynlrp.target import Seed, Target, find_output, make_seed
 
-Made = TypeVar("Made")
-
-TIMED = 0.3
-"""Seconds after which a time that was taken three times is not taken again."""
+TIMED = 1.5
+"""Seconds after which times that were taken three times are not taken again."""
 
 
 class Balances(NamedTuple):
@@ -84,11 +82,18 @@ def verification(model: Callable[..., Any], inputs: Any, target: Target = None, 
         forward = partial(_forward, model, inputs, target, options.get("output"))
         torch.set_rng_state(state)
         value = forward()[0].value
+        explained = partial(explain, model, inputs, target, **options)
+
+        def gradient() -> None:
+            _gradient(*forward())
+
+        explained()
         try:
-            gradient_seconds, _ = _timed(lambda: _gradient(*forward()), state)
-        except Exception:
-            gradient_seconds = 0.0  # some models refuse: Reformer's own backward pass wants training mode
-        explain_seconds, _ = _timed(lambda: explain(model, inputs, target, **options), state)
+            gradient()
+        except Exception:  # some models refuse: Reformer's own backward pass wants training mode
+            gradient_seconds, (explain_seconds,) = 0.0, _shortest([explained], state)
+        else:
+            gradient_seconds, explain_seconds = _shortest([gradient, explained], state)
         torch.set_rng_state(state)
         explanation = explain(model, inputs, target, audit=True, **options)
     except Exception as error:  # what is wrong belongs into the report
@@ -131,16 +136,17 @@ def _judged(audit: Audit) -> tuple[dict[str, Balances], tuple[Unbalanced, ...]]:
     )
 
 
-def _timed(run: Callable[[], Made], state: Tensor) -> tuple[float, Made]:
-    """The shortest of a few runs that draw the same random numbers, and what the last one made."""
-    times: list[float] = []
-    while True:
-        torch.set_rng_state(state)
-        start = time.perf_counter()
-        made = run()
-        times.append(time.perf_counter() - start)
-        if len(times) >= 3 and (sum(times) > TIMED or len(times) == 10):
-            return min(times), made
+def _shortest(runs: Sequence[Callable[[], object]], state: Tensor) -> list[float]:
+    """The shortest times of runs that draw the same random numbers and take turns, so that what else the machine does
+    meets them alike."""
+    times: list[list[float]] = [[] for _ in runs]
+    while len(times[0]) < 3 or (sum(map(sum, times)) < TIMED and len(times[0]) < 30):
+        for own, run in zip(times, runs, strict=True):
+            torch.set_rng_state(state)
+            start = time.perf_counter()
+            run()
+            own.append(time.perf_counter() - start)
+    return [min(own) for own in times]
 
 
 def _forward(

@@ -355,9 +355,12 @@ def test_a_balance_that_nobody_knows_is_not_verified() -> None:
 def test_times_are_the_shortest_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     from dynlrp import verification as module
 
-    clock = iter([0.0, 9.0, 10.0, 14.0, 20.0, 25.0])
+    clock = iter([0.0, 9.0, 10.0, 14.0, 20.0, 25.0, 30.0, 33.0, 40.0, 46.0, 50.0, 52.0])
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
-    assert module._timed(lambda: "made", torch.get_rng_state()) == (4.0, "made")
+    turns: list[str] = []
+    runs = [lambda: turns.append("gradient"), lambda: turns.append("explain")]
+    assert module._shortest(runs, torch.get_rng_state()) == [5.0, 2.0]
+    assert turns == ["gradient", "explain"] * 3
 
 
 def test_what_fails_in_the_explanation_is_told() -> None:
