@@ -48,6 +48,16 @@ def test_nearly_every_node_of_every_family_is_covered() -> None:
     assert sum(row["status"] == "verified" for row in found.values()) >= 0.99 * len(found)
 
 
+def test_nearly_every_node_of_timm_is_covered() -> None:
+    found = rows("timm.md")
+    assert len(found) >= 90
+    nodes, covered = (sum(int(row[name].replace(",", "")) for row in found.values()) for name in ("nodes", "covered"))
+    assert covered / nodes >= 0.999
+    good = [row for row in found.values() if row["status"] != "failed"]
+    assert len(good) >= 90
+    assert sum(row["status"] == "verified" for row in good) >= 0.9 * len(good)
+
+
 def test_every_family_is_on_the_page() -> None:
     text = (PAGES / "families.md").read_text("utf-8")
     if transformers.__version__ not in text:
