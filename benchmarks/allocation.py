@@ -356,19 +356,21 @@ draw counts half. *right*: right outputs, or for EfficientNet-Lite0 those that s
 
 {draws} draws of {samples} samples; budgets of {budgets} bits; weights from 2 to 8 bits, rounded to nearest with a scale
 for each channel; {randoms} random allocations; one layer at a time was measured in {measured} of the draws. CPU,
-{threads} threads; torch {torch}, Python {python}. Command: `python -m benchmarks.allocation --write`."""
+{threads} threads; torch {torch}, Python {python}. Command: `python -m
+benchmarks.allocation --write`."""
 
 READING = """\
 * Squared weight by weight, gradient times error does better than squared as a sum (Gauss-Newton) or by element of the
   output (ModelOpt), at the same price, and about as well as measuring layers one at a time. What errors of one layer
   cancel among themselves, they do not once all layers are rounded.
-* Over the HAWQ-like trace the gain is small. It holds for other samples of these models, not surely for other models;
-  and by right outputs the best scores cannot be told apart (on MiniLM the trace is ahead).
+* Over the HAWQ-like trace the gain is small and comes from two of six models. It holds for other samples of these
+  models, not surely for other models; and by right outputs the best scores cannot be told apart.
 * Conserving rules of LRP do not help. They halve what passes the two sides of attention and hold statistics fixed:
   right for shares of an output, wrong for what a small error changes. With LRP's secants at activation functions and
-  gradients elsewhere, weight error is a little worse than with gradients alone; with AttnLRP far worse; with CP-LRP,
-  where nothing reaches queries and keys, their layers get too few bits. Relevance that passes through a layer, times
-  relative noise, is behind everything with gradients."""
+  gradients elsewhere, weight error beats Gauss-Newton and ModelOpt too, but not gradients alone; with AttnLRP it is far
+  worse on transformers, and so it is with gamma on convolutions. With CP-LRP nothing reaches queries and keys, so that
+  their layers get too few bits. Relevance that passes through a layer, times relative noise, is behind everything with
+  gradients."""
 
 
 if __name__ == "__main__":
