@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.compiler
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -28,7 +28,7 @@ from dynlrp.explanation import Explanation
 from dynlrp.inputs import as_dicts
 from dynlrp.options import Names, OnUnknown, Options
 from dynlrp.request import Request
-from dynlrp.state import same_state, survey
+from dynlrp.state import Buffer, same_state, survey
 from dynlrp.target import Target
 
 aten: Any = torch.ops.aten
@@ -53,11 +53,37 @@ class Like(NamedTuple):
         return f"a tensor of {self.shape} {self.dtype} on {self.device}"
 
 
+class Held(NamedTuple):
+    """A parameter or buffer that the operations of a program read where it was at the trace."""
+
+    owner: dict[str, Any]
+    name: str
+    tensor: Tensor
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def all(cls, model: Any) -> list[Held]:
+        modules = model.modules() if isinstance(model, nn.Module) else ()
+        owners: list[dict[str, Any]] = [kind for m in modules for kind in (m._parameters, m._buffers)]
+        return [cls(o, name, t, t.dtype, t.device) for o in owners for name, t in o.items() if t is not None]
+
+    def moved(self) -> bool:
+        tensor = self.tensor
+        return self.owner.get(self.name) is not tensor or tensor.dtype != self.dtype or tensor.device != self.device
+
+
 class Program:
     """Explains inputs of the shapes that it was traced with; made by :func:`trace`."""
 
     def __init__(
-        self, module: fx.GraphModule, template: Explanation, inputs: Any, again: Callable[[Any], Explanation]
+        self,
+        module: fx.GraphModule,
+        template: Explanation,
+        inputs: Any,
+        again: Callable[[Any], Explanation],
+        held: Sequence[Held],
+        written: Sequence[Buffer],
     ) -> None:
         self.module = module
         """All of it: takes the tensors of the inputs in their order, returns the explained output, all relevance and
@@ -67,6 +93,7 @@ class Program:
         leaves, self._spec = pytree.tree_flatten(as_dicts(inputs))
         self._leaves = [Like.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._explain = again
+        self._held, self._written = held, written
         self._compiled = False
 
     def __call__(self, inputs: Any) -> Explanation:
@@ -74,10 +101,15 @@ class Program:
 
         Raises:
             InputError: the inputs differ from those of the trace in shape, dtype, device or structure.
+            TraceError: a parameter or buffer was replaced, or has another dtype or device, since the trace.
             NonFiniteError: NaN or infinity on the way.
         """
+        for held in self._held:
+            if held.moved():
+                raise TraceError(f"{held.name} of the model was replaced or moved since the trace: trace another")
         tensors = self._tensors(inputs)
-        with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        state = same_state(self._written, False) if self._written else nullcontext()
+        with state, torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
             found = self._function(*tensors)
             if self._compiled:  # which may use its memory again
                 found = [tensor.clone() for tensor in found]
@@ -132,7 +164,8 @@ def trace(
     where operations are small. What the model computes in Python, without tensors, is done once and for all.
 
     Parameters and buffers that are changed in place (an optimiser's step, ``load_state_dict``) count at the next call;
-    after other changes of the model, trace again.
+    one that was replaced, or moved to another dtype or device, is an error then. After other changes of the model (its
+    hooks, its mode, numbers of Python), trace again.
 
     Args:
         model, inputs, target, composite, layers, parameters, condition, output, precision, on_unknown: as in
@@ -169,6 +202,7 @@ def trace(
         return [value, *explanation.everything()]
 
     tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+    held, versions = Held.all(model), [buffer._version for _, _, buffer in buffers]
     with same_state(buffers, False):
         try:
             module = make_fx(run)(*tensors)
@@ -180,7 +214,8 @@ def trace(
                     where = _place(error)
                     raise TraceError(f"the model asks for the numbers of a tensor{where}; {CURE}") from error
     _straighten(module)
-    program = Program(module, template.pop(), inputs, explained)
+    written = [entry for entry, version in zip(buffers, versions, strict=True) if entry[2]._version != version]
+    program = Program(module, template.pop(), inputs, explained, held, written)
     _compare(program(inputs), expected)
     if others is None:
         others = pytree.tree_map(_flipped, as_dicts(inputs))

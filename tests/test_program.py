@@ -118,6 +118,54 @@ def test_training_goes_on() -> None:
     equal(found, explain(model, inputs))
 
 
+@pytest.mark.parametrize("name", ["weight", "running_mean"])
+def test_what_was_replaced_is_an_error(name: str) -> None:
+    """The program would go on with the tensor of old."""
+    model = convolutions()
+    inputs = draw(1, 2, 3, 12, 12)
+    program = trace(model, inputs)
+    tensor = getattr(model[1], name).detach() + 1
+    setattr(model[1], name, nn.Parameter(tensor) if name == "weight" else tensor)
+    with pytest.raises(TraceError, match=f"{name} of the model was replaced"):
+        program(inputs)
+    equal(trace(model, inputs)(inputs), explain(model, inputs))
+
+
+def test_a_moved_model_is_an_error() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 3)).double()
+    ids = torch.tensor([[1, 2, 3]])
+    program = trace(model, ids)
+    model.float()
+    with pytest.raises(TraceError, match="replaced or moved"):
+        program(ids)
+
+
+class Counting(nn.Module):
+    """Writes to a buffer that its output depends on."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4).double()
+        self.register_buffer("calls", torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        linear: Tensor = self.linear(x)
+        return linear + self.calls.clone()
+
+
+def test_buffers_that_the_model_writes_to_stay_as_they_are() -> None:
+    model = Counting()
+    program = trace(model, draw(1, 3, 4))
+    assert not model.calls.any()
+    for seed in (2, 3):
+        inputs = draw(seed, 3, 4)
+        equal(program(inputs), explain(model, inputs))
+        assert not model.calls.any()
+
+
 def test_everything_stays_as_it_is() -> None:
     model = convolutions()
     inputs = draw(1, 2, 3, 12, 12).requires_grad_()
