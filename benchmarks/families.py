@@ -73,7 +73,7 @@ def examine(
     """What an explanation of this type gives."""
     record: dict[str, Any] = {"name": head or name, "attention": attention, "composite": composite}
     try:
-        family, inputs, random = build(name, attention, head)
+        family, inputs, random, *_ = build(name, attention, head)
     except Exception as error:
         return {**record, "status": "not built", "error": f"{type(error).__name__}: {error}"[:3000]}
     if dtype is torch.float64:

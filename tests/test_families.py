@@ -41,7 +41,7 @@ FAMILIES = {
 def test_family(name: str) -> None:
     if name not in CONFIG_MAPPING:
         pytest.skip("this release of transformers does not have it")
-    family, inputs, random = build(name)
+    family, inputs, random, *_ = build(name)
     torch.manual_seed(0)
     value = weighted_sum(family(**copied(inputs))).detach()
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def test_roles_as_transformers_writes_them(name: str, role: str, path: str, coun
     """Decays of state-space models and routers are known as such in every release that writes them like this."""
     if name not in CONFIG_MAPPING:
         pytest.skip("this release of transformers does not have it")
-    family, inputs, _ = build(name)
+    family, inputs, *_ = build(name)
     spy = Spy()
     explain(family, inputs, weighted_sum, composite=Composite.of("spy", {When(role=role, path=path): spy}))
     runs, rest = divmod(len(spy.seen), count)
