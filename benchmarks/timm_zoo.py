@@ -56,13 +56,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--keep", type=Path, default=Path("out/timm.jsonl"))
     options = parser.parse_args()
-    options.keep.parent.mkdir(parents=True, exist_ok=True)
-    wanted = survey.tasks(["timm/*"], verify=True)
-    reports: list[Coverage] = []
-    for one in survey.survey(wanted, processes=options.jobs, timeout=300, memory=5, kept=options.keep, make=report_on):
-        print(one, flush=True)
-        reports.append(one)
-    text = page(survey.order(reports, wanted))
+    text = page(zoo.surveyed(["timm/*"], options.keep, processes=options.jobs, timeout=300, make=report_on))
     if options.write:
         (zoo.PAGES / "timm.md").write_text(text, "utf-8")
     else:

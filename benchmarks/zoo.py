@@ -12,6 +12,7 @@ import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dynlrp import Coverage, report, survey
 
@@ -111,6 +112,17 @@ def made(reports: Sequence[Coverage], versions: Mapping[str, str], command: str 
     return f"Composite `{reports[0].composite}`; {found}, Python {platform.python_version()}. Written by `{command}`.\n"
 
 
+def surveyed(models: Sequence[str], keep: Path, **how: Any) -> list[Coverage]:
+    """Verified reports on these models, in order; ``keep`` is where a run that was stopped goes on."""
+    keep.parent.mkdir(parents=True, exist_ok=True)
+    wanted = survey.tasks(models, verify=True)
+    reports = []
+    for one in survey.survey(wanted, memory=5, kept=keep, **how):
+        print(one, flush=True)
+        reports.append(one)
+    return survey.order(reports, wanted)
+
+
 def main() -> None:
     """Make the reports, or read them, and write the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -126,12 +138,7 @@ def main() -> None:
             reports += report.from_json(text)
             versions |= json.loads(text)["versions"]
     else:
-        options.keep.parent.mkdir(parents=True, exist_ok=True)
-        wanted = survey.tasks(["paper/*", "family/*"], verify=True)
-        for one in survey.survey(wanted, processes=options.jobs, timeout=60, memory=5, kept=options.keep):
-            print(one, flush=True)
-            reports.append(one)
-        reports = survey.order(reports, wanted)
+        reports = surveyed(["paper/*", "family/*"], options.keep, processes=options.jobs, timeout=60)
     paper = [one for one in reports if one.model.startswith("paper/")]
     rest = [one for one in reports if not one.model.startswith("paper/")]
     if options.write:
