@@ -204,31 +204,34 @@ def trace(
     tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
     held, versions = Held.all(model), [buffer._version for _, _, buffer in buffers]
     with same_state(buffers, False):
-        try:
-            module = make_fx(run)(*tensors)
-        except (RuntimeError, DynLRPError):
-            with _compiling():
-                try:
-                    module = make_fx(run)(*tensors)
-                except (RuntimeError, DynLRPError) as error:
-                    where = _place(error)
-                    raise TraceError(f"the model asks for the numbers of a tensor{where}; {CURE}") from error
+        module = _traced(run, tensors)
     _straighten(module)
     written = [entry for entry, version in zip(buffers, versions, strict=True) if entry[2]._version != version]
     program = Program(module, template.pop(), inputs, explained, held, written)
     _compare(program(inputs), expected)
-    if others is None:
-        others = pytree.tree_map(_flipped, as_dicts(inputs))
-        try:
-            expected = explained(others)
-        except Exception as error:
-            raise InputError(
-                f"flipped inputs are none for this model, pass others= to compare with: {error}"
-            ) from error
-    else:
+    flipped = others is None
+    others = pytree.tree_map(_flipped, as_dicts(inputs)) if flipped else others
+    try:
         expected = explained(others)
+    except Exception as error:
+        if not flipped:
+            raise
+        raise InputError(f"flipped inputs are none for this model, pass others= to compare with: {error}") from error
     _compare(program(others), expected)
     return program
+
+
+def _traced(run: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) -> fx.GraphModule:
+    """The operations of a run; if that asks for numbers, those of one in which models are told not to."""
+    try:
+        return make_fx(run)(*tensors)
+    except (RuntimeError, DynLRPError):
+        pass
+    try:
+        with _compiling():
+            return make_fx(run)(*tensors)
+    except (RuntimeError, DynLRPError) as error:
+        raise TraceError(f"the model asks for the numbers of a tensor{_place(error)}; {CURE}") from error
 
 
 @contextmanager
