@@ -31,7 +31,7 @@ from dynlrp import Composite, When, relevance
 from dynlrp.allocation import Budget, Calibration, Quantizer, Task, find_layers, measure, score
 from dynlrp.allocation.budget import make_limits
 from dynlrp.allocation.calibration import batch_size
-from dynlrp.allocation.gradients import _squared_errors, _squared_gradients
+from dynlrp.allocation.gradients import squared_errors, squared_gradients
 from dynlrp.allocation.noise import costs
 from dynlrp.allocation.observe import Call, by_layer, kept, watching
 from dynlrp.allocation.solver import solve
@@ -79,7 +79,7 @@ def error_relevance(task: Task) -> Iterator[Tensor]:
         ]
         rows = []
         for layer, graded in by_layer(task.layers, [call for call, _ in found], multipliers):
-            rows.append(_squared_gradients(layer, graded, batch_size(batch), _squared_errors(task, layer)))
+            rows.append(squared_gradients(layer, graded, batch_size(batch), squared_errors(task, layer)))
         yield torch.stack(rows, 1)
 
 

@@ -23,6 +23,8 @@ from torch.nn.utils import prune
 from dynlrp.allocation.calibration import Calibration
 from dynlrp.allocation.calibration import batch_size as samples_of
 from dynlrp.allocation.layers import is_linear, output_axis
+from dynlrp.allocation.moments import Moments
+from dynlrp.allocation.replaced import Replacement, replaced
 from dynlrp.composite import Composite
 from dynlrp.errors import InputError
 from dynlrp.explain import explain
@@ -222,22 +224,24 @@ def unit_relevance(
         places += [_heads(model, name, number) for name in _find(model, pattern, _joins_heads)]
     if not places:
         raise InputError("name layers or heads")
-    sums = {place.tensor: torch.zeros(2, place.units, dtype=torch.float64) for place in places}
-    if len(sums) < len(places):
+    found = {place.tensor: Moments() for place in places}
+    if len(found) < len(places):
         raise InputError(f"heads={heads} names a layer twice")
 
     def ask(batch: Any) -> Explanation:
-        return explain(model, batch, target, composite=composite, layers=list(sums), output=output)
+        return explain(model, batch, target, composite=composite, layers=list(found), output=output)
 
     count = 0
     for explanation, size in _explained(model, Calibration(calibration, batch_size, samples), ask):
         for place in places:
-            share = place.shares(explanation, size)
-            sums[place.tensor] += torch.stack([share if signed else share.abs(), share.square()]).sum(1)
+            shares = place.shares(explanation, size)
+            found[place.tensor].add(shares if signed else shares.abs())
         count += size
-    mean = {name: found[0] / count for name, found in sums.items()}
-    spread = {name: (found[1] / count - mean[name].square()).clamp(min=0) for name, found in sums.items()}
-    return UnitRelevance(mean, {name: (found / max(count - 1, 1)).sqrt() for name, found in spread.items()}, count)
+    return UnitRelevance(
+        {name: moments.mean for name, moments in found.items()},
+        {name: moments.error() for name, moments in found.items()},
+        count,
+    )
 
 
 def parameter_masks(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
@@ -269,27 +273,29 @@ def parameter_masks(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
 @contextmanager
 def pruned(model: nn.Module, masks: Masks) -> Iterator[None]:
     """The model without the masked units, and behind the block with its own parameters again, the very same."""
-    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
-    try:
-        for name, mask in parameter_masks(model, masks).items():
-            path, _, parameter = name.rpartition(".")
-            module = model.get_submodule(path)
-            value = module._parameters[parameter]
-            assert value is not None
-            kept.append((module, parameter, value))
-            module._parameters[parameter] = nn.Parameter(value.detach() * mask, value.requires_grad)
+    with replaced(_masked(model, masks)):
         yield
-    finally:
-        for module, parameter, value in kept:
-            module._parameters[parameter] = value
+
+
+def _masked(model: nn.Module, masks: Masks) -> Iterator[Replacement]:
+    for module, parameter, mask in _parameters(model, masks):
+        value = module._parameters[parameter]
+        assert value is not None
+        yield module, parameter, nn.Parameter(value.detach() * mask, value.requires_grad)
+
+
+def _parameters(model: nn.Module, masks: Masks) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """The modules that hold the masked parameters, with the names there, and the masks."""
+    for name, mask in parameter_masks(model, masks).items():
+        path, _, parameter = name.rpartition(".")
+        yield model.get_submodule(path), parameter, mask
 
 
 def prune_units(model: nn.Module, masks: Masks) -> None:
     """Put the masks into the model by ``torch.nn.utils.prune``: they hold while it is trained on, and ``prune.remove``
     makes them final."""
-    for name, mask in parameter_masks(model, masks).items():
-        path, _, parameter = name.rpartition(".")
-        prune.custom_from_mask(model.get_submodule(path), parameter, mask)  # type: ignore[no-untyped-call]
+    for module, parameter, mask in _parameters(model, masks):
+        prune.custom_from_mask(module, parameter, mask)  # type: ignore[no-untyped-call]
 
 
 def weight_relevance(

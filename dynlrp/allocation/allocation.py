@@ -21,7 +21,7 @@ from dynlrp.allocation.divergence import Divergence, Kind
 from dynlrp.allocation.groups import Groups, make_groups, make_pins, pin_groups
 from dynlrp.allocation.layers import Layer, find_layers
 from dynlrp.allocation.noise import costs
-from dynlrp.allocation.quantizer import WIDTHS, Quantizer
+from dynlrp.allocation.quantizer import WIDTHS, Quantizer, rounded
 from dynlrp.allocation.scores import DEFAULT, Noise, Scores, Task, measure
 from dynlrp.allocation.solver import check, solve
 from dynlrp.composite import Composite
@@ -90,11 +90,8 @@ class Allocation:
 
             quantize_(result, config, filter_fn=None)
             return result
-        with torch.no_grad():
-            for name, layer in layers.items():
-                rounded = nn.Parameter(self.quantizer.round(layer, self.bits[name]), layer.weight.requires_grad)
-                for module in layer.modules.values():
-                    module._parameters["weight"] = rounded
+        for module, name, parameter in rounded(layers, {name: self.bits[name] for name in layers}, self.quantizer):
+            module._parameters[name] = parameter
         return result
 
     def save(self, path: str | Path) -> Path:

@@ -45,7 +45,7 @@ def fisher(task: Task) -> Iterator[Tensor]:
     (Dong et al. 2020)."""
     for layers, size in _backward(task):
         traces = [
-            _squared_gradients(layer, graded, size, torch.ones(1, *layer.weight.shape)) / layer.weights
+            squared_gradients(layer, graded, size, torch.ones(1, *layer.weight.shape)) / layer.weights
             for layer, graded in layers
         ]
         yield torch.cat(traces, 1)
@@ -60,12 +60,12 @@ def weight_error(task: Task) -> Iterator[Tensor]:
     """
     for layers, size in _backward(task):
         yield torch.stack(
-            [_squared_gradients(layer, graded, size, _squared_errors(task, layer)) for layer, graded in layers], 1
+            [squared_gradients(layer, graded, size, squared_errors(task, layer)) for layer, graded in layers], 1
         )
 
 
 @torch.no_grad()
-def _squared_errors(task: Task, layer: Layer) -> Tensor:
+def squared_errors(task: Task, layer: Layer) -> Tensor:
     """``dW^2`` of every candidate, ``(candidates, *weight)``."""
     return torch.stack([task.error(layer, bits) for bits in task.candidates]).square()
 
@@ -95,7 +95,7 @@ def _changes(task: Task, layer: Layer, graded: Graded, size: int, power: int = 1
 
 
 @torch.no_grad()
-def _squared_gradients(layer: Layer, graded: Graded, size: int, factors: Tensor) -> Tensor:
+def squared_gradients(layer: Layer, graded: Graded, size: int, factors: Tensor) -> Tensor:
     """``sum (dL/dW)^2 f`` of each sample and factor ``f``, ``(samples, factors)``; ``factors`` are ``(factors,
     *weight)``."""
     if not graded:

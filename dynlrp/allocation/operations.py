@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from dynlrp.allocation.calibration import batch_size
+from dynlrp.allocation.layers import Layer
+from dynlrp.allocation.observe import watching
 from dynlrp.allocation.scores import Task
 
 
@@ -17,15 +16,10 @@ def multiply_accumulates(task: Task) -> dict[str, float]:
     counts = dict.fromkeys(task.layers, 0.0)
     batch = next(task.batches())
     size = batch_size(batch)
-    with ExitStack() as stack:
-        for layer in task.layers.values():
-            each = layer.weights / layer.weight.shape[layer.output_axis]
 
-            def count(module: nn.Module, args: Any, output: Tensor, name: str = layer.name, each: float = each) -> None:
-                counts[name] += output.numel() * each / size
+    def count(layer: Layer, module: nn.Module, given: Tensor, output: Tensor) -> None:
+        counts[layer.name] += output.numel() * (layer.weights / layer.weight.shape[layer.output_axis]) / size
 
-            for module in layer.modules.values():
-                stack.callback(module.register_forward_hook(count).remove)
-        with torch.no_grad():
-            task.run(batch)
+    with watching(task.layers, count), torch.no_grad():
+        task.run(batch)
     return counts

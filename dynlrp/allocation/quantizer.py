@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynlrp.allocation.layers import Layer
+from dynlrp.allocation.replaced import Replacement, replaced
 from dynlrp.errors import InputError
 
 WIDTHS = range(2, 9)
@@ -93,20 +94,17 @@ def quantized(layers: Mapping[str, Layer], bits: Mapping[str, int], quantizer: Q
     Args:
         bits: by name of a layer; the others stay as they are.
     """
-    kept: list[tuple[nn.Module, nn.Parameter]] = []
-    try:
-        for name, number in bits.items():
-            layer = layers[name]
-            rounded = nn.Parameter(quantizer.round(layer, number), requires_grad=layer.weight.requires_grad)
-            for module in layer.modules.values():
-                weight = module._parameters["weight"]
-                assert weight is not None
-                kept.append((module, weight))
-                module._parameters["weight"] = rounded
+    with replaced(rounded(layers, bits, quantizer)):
         yield
-    finally:
-        for module, weight in kept:
-            module._parameters["weight"] = weight
+
+
+def rounded(layers: Mapping[str, Layer], bits: Mapping[str, int], quantizer: Quantizer) -> Iterator[Replacement]:
+    """The weights of these bits, one parameter for all modules that share it."""
+    for name, number in bits.items():
+        layer = layers[name]
+        weight = nn.Parameter(quantizer.round(layer, number), requires_grad=layer.weight.requires_grad)
+        for module in layer.modules.values():
+            yield module, "weight", weight
 
 
 def _check(bits: int) -> None:

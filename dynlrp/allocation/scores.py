@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from dynlrp.allocation.calibration import Calibration
 from dynlrp.allocation.divergence import Divergence
 from dynlrp.allocation.layers import Layer
+from dynlrp.allocation.moments import Moments
 from dynlrp.allocation.quantizer import Quantizer
 from dynlrp.composite import Composite
 from dynlrp.errors import InputError
@@ -146,27 +147,6 @@ class Scores:
         return self.mean - reach * self.error, self.mean + reach * self.error
 
 
-class _Moments:
-    """Mean and standard error over samples as they come (Chan et al. 1983)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = self.squares = torch.zeros((), dtype=torch.float64)
-
-    def add(self, rows: Tensor) -> None:
-        """Take in ``(samples, ...)``."""
-        count, mean = len(rows), rows.mean(0)
-        total = self.count + count
-        away = mean - self.mean
-        self.squares = self.squares + (rows - mean).square().sum(0) + away.square() * self.count * count / total
-        self.mean = self.mean + away * count / total
-        self.count = total
-
-    def error(self) -> Tensor:
-        """The standard error of the mean; 0 for one sample, which tells nothing of it."""
-        return (self.squares / max(self.count - 1, 1) / self.count).sqrt()
-
-
 def find_score(name: str) -> Score:
     """The entry of this name."""
     if name not in SCORES:
@@ -193,7 +173,7 @@ def measure(
         if "none" in (noise, entry.noise) and noise != entry.noise:
             raise InputError(f"score {name!r} is {'a cost of b bits already' if entry.noise == 'none' else 'no cost'}")
         entry = replace(entry, noise=noise)
-    moments = _Moments()
+    moments = Moments()
     with torch.inference_mode(False):
         for row in entry.function(task):
             found = row.detach().to("cpu", torch.float64)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dynlrp.allocation.extras import needs
 from dynlrp.errors import InputError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
@@ -149,10 +150,8 @@ def _tensor(array: Any, file: Path) -> Tensor:
 
 
 def _optional(module: str, extra: str) -> Any:
-    try:
+    with needs(extra):
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise InputError(f"this needs {error.name}: pip install dynlrp[{extra}]") from error
 
 
 READERS: dict[str, Callable[[Path, Preparation], Named]] = {

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -71,12 +70,3 @@ def read_by_parent(model: nn.Module) -> dict[nn.Module, str]:
         if isinstance(module, nn.TransformerEncoderLayer):
             found |= dict.fromkeys((module.linear1, module.linear2), name)
     return found
-
-
-@contextmanager
-def needs(extra: str) -> Iterator[None]:
-    """Around the import of a tool."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise InputError(f"this needs {error.name}: pip install dynlrp[{extra}]") from error

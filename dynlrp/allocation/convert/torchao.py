@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynlrp.allocation.convert.check import check, needs, not_in
+from dynlrp.allocation.convert.check import check, not_in
+from dynlrp.allocation.extras import needs
 from dynlrp.allocation.layers import Layer
 from dynlrp.allocation.quantizer import Quantizer
 
