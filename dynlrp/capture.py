@@ -319,15 +319,20 @@ class ModuleOutput(torch.autograd.Function):
         return g
 
 
-PRODUCTS = frozenset(
+CONVOLUTIONS = frozenset(
     {
-        nn.functional.linear, nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d,
-        nn.functional.conv_transpose1d, nn.functional.conv_transpose2d, nn.functional.conv_transpose3d,
+        nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d, nn.functional.conv_transpose1d,
+        nn.functional.conv_transpose2d, nn.functional.conv_transpose3d,
     }
 )  # fmt: skip
-"""Functions whose second argument is a weight."""
+PRODUCTS = CONVOLUTIONS | {
+    nn.functional.linear, torch.addmm, Tensor.addmm, torch.addmv, torch.baddbmm, torch.matmul, Tensor.matmul,
+    Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.einsum, torch.mul,
+    Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__,
+}  # fmt: skip
+"""Functions that multiply their arguments, but for those in :data:`SUMMANDS`."""
 SUMMANDS: Mapping[Any, tuple[int | str, ...]] = {
-    **dict.fromkeys(PRODUCTS, (2, "bias")),
+    **dict.fromkeys((*CONVOLUTIONS, nn.functional.linear), (2, "bias")),
     **dict.fromkeys((torch.addmm, Tensor.addmm, torch.addmv, torch.baddbmm), (0, "input")),
     **dict.fromkeys(
         (
@@ -336,6 +341,7 @@ SUMMANDS: Mapping[Any, tuple[int | str, ...]] = {
         ),
         (0, 1, "other", "tensors"),
     ),
+    **dict.fromkeys((Tensor.mul_, Tensor.__imul__), (0,)),  # what is written to
     # What these save does not depend on it.
     **dict.fromkeys((nn.functional.layer_norm, nn.functional.group_norm), (2, 3, "weight", "bias")),
     **dict.fromkeys((nn.functional.batch_norm, nn.functional.instance_norm), (3, 4, "weight", "bias")),
@@ -348,8 +354,8 @@ class Aliases(TorchFunctionMode):
     """Lets frozen parameters take part in the graph through stand-ins that share their memory.
 
     Biases, embeddings and class tokens must be seen to be booked and explained, whatever ``requires_grad`` says, and
-    the parameters themselves are not touched. Weights of matrix products and convolutions stay frozen, so that autograd
-    need not save their inputs, unless their own relevance is wanted.
+    the parameters themselves are not touched. What a signal is multiplied by stays frozen, so that autograd need not
+    save the signal, unless the parameter's own relevance is wanted.
 
     A checkpoint runs its block again for whoever needs what it saved, and must then save as much. Where a graph is
     ``attached``, that is the caller's own ``backward()``, which knows no stand-ins: there they are summands alone, for
@@ -362,6 +368,7 @@ class Aliases(TorchFunctionMode):
         super().__init__()
         self._stand_ins = {id(p): p.detach().requires_grad_() for p in parameters}
         self._wanted = {id(p): name for name, p in wanted.items()}
+        self._views = {id(value) for number, value in self._stand_ins.items() if number not in self._wanted}
         self._attached = attached
         self._hooks: Any = None
         self.reruns = False
@@ -383,33 +390,45 @@ class Aliases(TorchFunctionMode):
             self.reruns = True
         if getattr(func, "__name__", "") in ("__get__", "__set__") or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        summands = None
-        if self._attached and hooks is not None and hooks[0].__module__ == CHECKPOINT:
-            summands = SUMMANDS.get(func, ())
-        weight = 1 if func in PRODUCTS else None
+        summands = SUMMANDS.get(func, ())
+        multiplies = func in PRODUCTS
+        checkpointed = self._attached and hooks is not None and hooks[0].__module__ == CHECKPOINT
 
         def stand_in(place: int | str, value: Any) -> Any:
             number = id(value)
-            if number not in self._stand_ins or (place == weight and number not in self._wanted):
-                return value
-            if summands is None or place in summands:
-                return self._stand_ins[number]
-            if number in self._wanted:
-                raise InputError(
-                    f"parameter {self._wanted[number]!r} is frozen and used inside a checkpoint, which your backward() "
-                    f"runs again: with create_graph=True it has no relevance of its own. Let it require grad, leave it "
-                    f"out of parameters=, or switch checkpointing off (model.gradient_checkpointing_disable())."
-                )
-            return value
+            if number not in self._stand_ins:
+                if not multiplies or place in summands or not self._is_view(value) or not self._signal(args, kwargs):
+                    return value
+                return value.detach()
+            if place not in summands:
+                if number in self._wanted:
+                    if checkpointed:
+                        raise InputError(
+                            f"parameter {self._wanted[number]!r} is frozen and used inside a checkpoint, which your "
+                            f"backward() runs again: with create_graph=True it has no relevance of its own. Let it "
+                            f"require grad, leave it out of parameters=, or switch checkpointing off "
+                            f"(model.gradient_checkpointing_disable())."
+                        )
+                elif checkpointed or (multiplies and self._signal(args, kwargs)):
+                    return value
+            return self._stand_ins[number]
 
         def swap(place: int | str, value: Any) -> Any:
-            if isinstance(value, tuple | list) and any(id(v) in self._stand_ins for v in value):
+            if isinstance(value, tuple | list) and any(id(v) in self._stand_ins or self._is_view(v) for v in value):
                 return type(value)(stand_in(place, v) for v in value)
             return stand_in(place, value)
 
-        args = tuple(swap(i, a) for i, a in enumerate(args))
-        kwargs = {k: swap(1 if k == "weight" and weight else k, v) for k, v in kwargs.items()}
+        args, kwargs = tuple(swap(i, a) for i, a in enumerate(args)), {k: swap(k, v) for k, v in kwargs.items()}
         return func(*args, **kwargs)
+
+    def _is_view(self, value: Any) -> bool:
+        """Whether it is a view of an unwanted parameter's stand-in."""
+        return isinstance(value, Tensor) and id(value._base) in self._views
+
+    def _signal(self, args: Any, kwargs: Any) -> bool:
+        """Whether arguments hold more than parameters."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        return any(isinstance(leaf, Tensor) and leaf.requires_grad and not self._is_view(leaf) for leaf in leaves)
 
 
 class Everything:

@@ -174,6 +174,34 @@ def test_frozen_parameters_take_part_whatever_their_use(name: str, composite: st
             close(frozen.parameters[parameter], relevance)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear",
+        "linear by keyword",
+        "matmul",
+        "matmul from the left",
+        "baddbmm",
+        "in place",
+        "from the left",
+        "einsum",
+        "transposed",
+    ],
+)
+def test_nothing_is_saved_for_the_sake_of_frozen_parameters(name: str) -> None:
+    model = Exotic(USES[name]).requires_grad_(False)
+
+    def saved(work: Callable[[], object]) -> list[torch.Size]:
+        shapes: list[torch.Size] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (shapes.append(x.shape), x)[1], lambda x: x):
+            work()
+        return shapes
+
+    gradient = saved(lambda: model(X.clone().requires_grad_()))
+    assert saved(lambda: explain(model, X, 1)) == gradient
+    assert saved(lambda: explain(model, X, 1, parameters="*")) != gradient
+
+
 @pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal"])
 def test_reparametrised_weights(kind: str) -> None:
     torch.manual_seed(0)
