@@ -386,8 +386,10 @@ class Aliases(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         hooks = _saving()
-        if not self.reruns and hooks != self._hooks:
+        if hooks != self._hooks:
             self.reruns = True
+        if not self._meets(func, args) and not self._meets(func, kwargs.values()):
+            return func(*args, **kwargs)
         if getattr(func, "__name__", "") in ("__get__", "__set__") or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         summands = SUMMANDS.get(func, ())
@@ -414,12 +416,22 @@ class Aliases(TorchFunctionMode):
             return self._stand_ins[number]
 
         def swap(place: int | str, value: Any) -> Any:
-            if isinstance(value, tuple | list) and any(id(v) in self._stand_ins or self._is_view(v) for v in value):
+            if isinstance(value, tuple | list) and self._meets(func, value):
                 return type(value)(stand_in(place, v) for v in value)
             return stand_in(place, value)
 
         args, kwargs = tuple(swap(i, a) for i, a in enumerate(args)), {k: swap(k, v) for k, v in kwargs.items()}
         return func(*args, **kwargs)
+
+    def _meets(self, func: Any, values: Iterable[Any]) -> bool:
+        """Whether something has to be replaced."""
+        stand_ins, multiplies = self._stand_ins, func in PRODUCTS
+        for value in values:
+            if id(value) in stand_ins or (multiplies and self._is_view(value)):
+                return True
+            if isinstance(value, tuple | list) and self._meets(func, value):
+                return True
+        return False
 
     def _is_view(self, value: Any) -> bool:
         """Whether it is a view of an unwanted parameter's stand-in."""
