@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -194,3 +195,20 @@ def registry() -> Iterator[dict[str, rules.Operation]]:
     yield rules.REGISTRY
     rules.REGISTRY.clear()
     rules.REGISTRY.update(before)
+
+
+def calls(work: Callable[[], object]) -> int:
+    """How many functions a piece of work calls, in Python and in C: the same number each time, on any machine."""
+    count = 0
+
+    def called(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(called)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return count

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dynlrp import Composite, explain, relevance, rules
+from dynlrp import Composite, explain, relevance
 from dynlrp.rules import REGISTRY, EpsilonSum, Magnitude, Operation
+from tests.conftest import calls
 from tests.oracle import agrees, draw, same, stabilised
 
 BY_SIZE = Composite.of("magnitude", {"addition": Magnitude()})
@@ -261,27 +260,17 @@ def every_generator(x: Tensor, rounds: int) -> Tensor:
 
 
 def work(rounds: int) -> int:
-    """Calls of functions of the engine and the rules that run for an explanation of a chain."""
-    folder = str(Path(rules.__file__).resolve().parent.parent)
-    count = 0
-
-    def called(frame: Any, event: str, _: Any) -> None:
-        nonlocal count
-        if event == "call" and frame.f_code.co_filename.startswith(folder):
-            count += 1
-
+    """Calls of functions for an explanation of a chain."""
     x = torch.tensor([[0.5, -2.0]]).double().requires_grad_()
     y = every_generator(x, rounds)
-    before = sys.getprofile()
-    sys.setprofile(called)
-    try:
+
+    def explained() -> None:
         explanation = relevance(y, x, composite=BY_SIZE)
-    finally:
-        sys.setprofile(before)
-    assert explanation.promises.visited == 14 * rounds
-    assert explanation.promises.count >= 4 * rounds
-    assert explanation.ledger.error < 1e-10
-    return count
+        assert explanation.promises.visited == 14 * rounds
+        assert explanation.promises.count >= 4 * rounds
+        assert explanation.ledger.error < 1e-10
+
+    return calls(explained)
 
 
 def test_work_grows_with_the_length_alone(replays: dict[str, int]) -> None:

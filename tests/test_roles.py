@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -17,6 +16,7 @@ from dynlrp.graph import Graph
 from dynlrp.roles import roles
 from dynlrp.rules import VJP, Operation, Rule
 from dynlrp.rules.operation import Grads, Step
+from tests.conftest import calls
 from tests.oracle import agrees, draw, same
 from tests.test_product import gelu_erf, gelu_tanh, gelu_tanh_factors
 
@@ -425,12 +425,6 @@ def test_roles_are_read_in_linear_time() -> None:
     """Long chains of rearrangements and multiples that many products begin from."""
 
     def work(count: int) -> int:
-        calls = 0
-
-        def called(frame: object, event: str, argument: object) -> None:
-            nonlocal calls
-            calls += 1
-
         x = draw(0, 1, 2).requires_grad_()
         gate = torch.sigmoid(x)
         for _ in range(count):
@@ -441,13 +435,11 @@ def test_roles_are_read_in_linear_time() -> None:
         graph = Graph(y.grad_fn)
         source = graph.edge(*get_gradient_edge(x)[:2])
         assert source is not None
-        sys.setprofile(called)
-        try:
-            read = roles(graph, [source])
-        finally:
-            sys.setprofile(None)
-        assert len(read) == count
-        return calls
+
+        def read() -> None:
+            assert len(roles(graph, [source])) == count
+
+        return calls(read)
 
     assert work(2000) < 11 * work(200)
 
