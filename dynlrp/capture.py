@@ -439,8 +439,13 @@ class Aliases(TorchFunctionMode):
 
     def _signal(self, args: Any, kwargs: Any) -> bool:
         """Whether arguments hold more than parameters."""
-        leaves = pytree.tree_leaves((args, kwargs))
-        return any(isinstance(leaf, Tensor) and leaf.requires_grad and not self._is_view(leaf) for leaf in leaves)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                if value.requires_grad and not self._is_view(value):
+                    return True
+            elif isinstance(value, tuple | list) and self._signal(value, {}):
+                return True
+        return False
 
 
 class Everything:
@@ -547,12 +552,3 @@ class _Inner(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _bare(name: str) -> str:
     return name.replace("_", "").lower()
-
-
-def frozen_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters without ``requires_grad`` that could have it."""
-    return [
-        p
-        for p in model.parameters()
-        if not p.requires_grad and (p.is_floating_point() or p.is_complex()) and not p.is_inference()
-    ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dynlrp.capture import EVERYTHING, Aliases, Recorder, Recording, Wanted, frozen_parameters
+from dynlrp.capture import EVERYTHING, Aliases, Recorder, Recording, Wanted
 from dynlrp.condition import Condition
 from dynlrp.errors import InputError, NonFiniteError, TargetError
 from dynlrp.inputs import Inputs, as_dicts, call
@@ -32,8 +32,8 @@ class Request:
     targets: list[Target] | Literal["all"]
     conditions: list[Condition]
     options: Options
-    frozen: bool
-    """Some parameter is."""
+    frozen: Sequence[nn.Parameter]
+    """Parameters that stand-ins take the place of."""
     record: Wanted | None = None
     """Tensors whose values are kept in the forward pass, as promises lack them."""
 
@@ -51,7 +51,7 @@ class Request:
             parameters = self._parameters()
             aliases = None
             if self.frozen:
-                aliases = Aliases(frozen_parameters(self.model), parameters, attached)
+                aliases = Aliases(self.frozen, parameters, attached)
             wanted = EVERYTHING if options.audit else self.record
             recorder = None if wanted is None else Recorder(wanted)
             saving = nullcontext() if options.wide is None else options.wide.saving()

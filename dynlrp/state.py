@@ -21,19 +21,19 @@ SMALL = 65536
 """Largest buffer that is copied together with others."""
 
 
-def survey(model: Any, allow_training: bool) -> tuple[bool, list[Buffer]]:
-    """Look over the modules once. Returns whether any parameter is frozen, and the buffers; raises for what cannot
-    be explained: compiled modules, active dropout, batch statistics."""
+def survey(model: Any, allow_training: bool) -> tuple[list[nn.Parameter], list[Buffer]]:
+    """Look over the modules once. Returns the parameters without ``requires_grad`` that could have it, and the buffers;
+    raises for what cannot be explained: compiled modules, active dropout, batch statistics."""
     if hasattr(model, "_orig_mod") or hasattr(model, "_torchdynamo_orig_callable"):
         raise CompiledModuleError(
             "this module went through torch.compile, so its graph is one opaque node: explain the original, "
             "model._orig_mod, which shares its weights"
         )
+    frozen: dict[nn.Parameter, None] = {}
     buffers: list[Buffer] = []
     if not isinstance(model, nn.Module):
-        return False, buffers
+        return [], buffers
     active: list[nn.Module] = []
-    frozen = False
     for module in _modules(model):
         if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
             raise CompiledModuleError(
@@ -42,7 +42,9 @@ def survey(model: Any, allow_training: bool) -> tuple[bool, list[Buffer]]:
             )
         if not allow_training and _is_random(module):
             active.append(module)
-        frozen = frozen or not all(p is None or p.requires_grad for p in module._parameters.values())
+        for parameter in module._parameters.values():
+            if parameter is not None and not parameter.requires_grad and _is_differentiable(parameter):
+                frozen[parameter] = None
         buffers += [(module, name, buffer) for name, buffer in module._buffers.items() if buffer is not None]
     if active:
         names = {id(module): name or "the model" for name, module in model.named_modules()}
@@ -51,7 +53,11 @@ def survey(model: Any, allow_training: bool) -> tuple[bool, list[Buffer]]:
             f"{' ...' if len(active) > 5 else ''}. Call model.eval() before explaining, or pass allow_training=True to "
             f"explain one random draw."
         )
-    return frozen, buffers
+    return list(frozen), buffers
+
+
+def _is_differentiable(parameter: nn.Parameter) -> bool:
+    return (parameter.is_floating_point() or parameter.is_complex()) and not parameter.is_inference()
 
 
 def _is_random(module: nn.Module) -> bool:

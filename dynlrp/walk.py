@@ -370,8 +370,9 @@ class Walk:
             raise RuleError(
                 f"{self._rule(step)} returned {type(value).__name__} for operand {link.position}, not a tensor"
             )
-        ends = link.leaf and not link.passes and not step.emits_relevance and not self.check
-        if ends and self._book_unsummed(step, link, value):
+        if link.account and value.numel() <= SMALL and self._unsummed(step, link, value):
+            leaf = self.graph.nodes[link.node].variable
+            self.ledger.book_later(link.account, step.name, self._sequence(step), value, leaf)
             return
         metadata = self.graph.nodes[link.node]._input_metadata
         expected = metadata[link.output]
@@ -392,21 +393,12 @@ class Walk:
                 value = product(value, self.promises.take(Edge(link.node, link.output)))
             self._receive(link.node, link.output, value, metadata)
 
-    def _book_unsummed(self, step: StepPlan, link: Link, value: Tensor) -> bool:
-        """Book a leaf by a multiplier that is not yet summed to its shape, where that is less work."""
-        leaf: Tensor = self.graph.nodes[link.node].variable
-        if not link.account or value.ndim <= leaf.ndim or value.shape[value.ndim - leaf.ndim :] != leaf.shape:
+    def _unsummed(self, step: StepPlan, link: Link, value: Tensor) -> bool:
+        """Whether a multiplier ends at a leaf of fewer dimensions: it may be summed together with others."""
+        if not link.leaf or link.passes or step.emits_relevance or self.check:
             return False
-        if value.numel() <= SMALL:
-            self.ledger.book_later(link.account, step.name, self._sequence(step), value, leaf)
-            return True
-        if leaf.ndim != 1 or value.dtype is not leaf.dtype or value.is_complex():
-            return False
-        masked = torch.nan_to_num(leaf.detach(), nan=torch.nan, posinf=torch.inf, neginf=0.0)  # -inf may be a mask
-        amount = torch.mv(value.flatten(0, -2), masked)
-        amount = amount.sum(dtype=torch.promote_types(amount.dtype, torch.float32))
-        self.ledger.book(link.account, step.name, self._sequence(step), amount)
-        return True
+        shape = self.graph.nodes[link.node].variable.shape
+        return value.ndim > len(shape) and value.shape[value.ndim - len(shape) :] == shape
 
     def _begin(self, step: StepPlan) -> None:
         self._begun = torch._C._autograd._get_sequence_nr()

@@ -346,7 +346,12 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype != b.dtype or a.dtype in (torch.float16, torch.bfloat16):
         dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
         a, b = a.to(dtype), b.to(dtype)
-    return torch.dot(a, b) if a.ndim == 1 else torch.dot(a.reshape(-1), b.reshape(-1))
+    if a.ndim == 1:
+        return torch.dot(a, b)
+    if a.stride() == b.stride() and not a.is_contiguous():  # in the order of memory, which spares two copies
+        order = sorted(range(a.ndim), key=a.stride, reverse=True)
+        a, b = a.permute(order), b.permute(order)
+    return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 def masked_product(m: Tensor, x: Tensor) -> Tensor:
