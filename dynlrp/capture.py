@@ -518,10 +518,15 @@ class _Inner(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._wanted, self._start = wanted, start
         self._made: dict[int, tuple[str, list[Any]]] = {}
+        self._written: dict[int, Tensor] = {}
+        """What a tensor held after a write into a view of it, by the number of the node that stands for the write."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         number = _sequence() - 1
         result = func(*args, **(kwargs or {}))
+        base = args[0]._base if func._schema.is_mutable and args and isinstance(args[0], Tensor) else None
+        if base is not None and (number + 1 - self._start, 0) in self._wanted:  # the write's own node comes first
+            self._written[number + 1] = base.detach().clone()
         if number >= self._start and number not in self._made:  # later ones with this number have no node
             made = [
                 t.detach().clone() if isinstance(t, Tensor) and (number - self._start, output) in self._wanted else None
@@ -545,7 +550,9 @@ class _Inner(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None
         return value if value.is_nested or list(value.shape) == expected.shape else None
 
-    def _made_by(self, node: Any) -> list[Any]:
+    def _made_by(self, node: Any) -> Sequence[Any]:
+        if node.name() == "torch::autograd::CopySlices":
+            return [self._written.get(node._sequence_nr())]
         name, made = self._made.get(node._sequence_nr(), ("", []))
         return made if name and _bare(node.name()).startswith(name + "backward") else []
 

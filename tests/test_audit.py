@@ -454,6 +454,20 @@ def test_a_wrong_rule_inside_a_re_run_is_found(registry: dict[str, rules.Operati
     assert audit.worst(3)[2].error < 1e-12
 
 
+def test_writes_that_no_python_sees_are_balanced() -> None:
+    """Circular padding copies the inside, then either border: all relevance passes each of the three writes."""
+    audit = explain(
+        lambda x: nn.functional.pad(2 * x[None], (1, 1), mode="circular")[0], X, lambda y: y.sum(1), audit=True
+    ).audit
+    assert audit is not None
+    assert audit.closes
+    writes = [row for row in audit.rows if row.operation == "torch::autograd::CopySlices"]
+    assert len(writes) == 3
+    whole = 2 * (X.sum() + X[:, 0].sum() + X[:, -1].sum())
+    for row in writes:
+        balance(row, whole, whole)
+
+
 def test_what_no_graph_tells_is_unresolved_and_not_guessed() -> None:
     x = X.clone().requires_grad_()
     hidden = x * 2 + 1.0
