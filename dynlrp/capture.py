@@ -24,6 +24,8 @@ from dynlrp.composite import Composite, When, innermost
 from dynlrp.errors import InputError
 from dynlrp.places import ATTENTION, parse
 
+functorch: Any = torch._C._functorch
+
 CHECKPOINT = "torch.utils.checkpoint"
 """Where the saved-tensor hooks of checkpoints are from."""
 
@@ -74,12 +76,48 @@ class Frame(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A tensor of the graph: its node and number there, its value, and the version of that value."""
+    """A tensor of the graph, by its node and number there."""
 
     node: Any
     number: int
     value: Tensor
     version: int
+    """That of the value when it was kept."""
+    order: tuple[int, ...]
+    """The value's dimensions, those of ``vmap`` first."""
+    base: tuple[Any, int] | None
+    """Node and number of the tensor that it is a view of."""
+
+    @classmethod
+    def of(cls, name: str, given: Tensor, attached: bool) -> Kept | None:
+        """None where it is no part of the graph."""
+        tensor, batched = unwrapped(given)
+        if not tensor.is_floating_point() or not tensor.requires_grad:
+            return None
+        if functorch.is_functorch_wrapped_tensor(tensor):
+            raise InputError(
+                f"{name!r} is a tensor inside a derivative (torch.func.grad, jvp and the like), which no relevance "
+                f"passes: ask for layers outside of it"
+            )
+        order = list(range(tensor.ndim))
+        order = [order.pop(axis) for axis, _ in reversed(batched)] + order
+        base = tensor._base
+        return cls(
+            *get_gradient_edge(tensor)[:2],
+            tensor if attached else tensor.detach(),
+            tensor._version,
+            tuple(order),
+            None if base is None or not base.requires_grad else get_gradient_edge(base)[:2],
+        )
+
+
+def unwrapped(tensor: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+    """A tensor without what ``vmap`` puts around it: its axis and level, the innermost ``vmap`` first."""
+    batched = []
+    while functorch.is_batchedtensor(tensor):
+        batched.append((functorch.maybe_get_bdim(tensor), functorch.maybe_get_level(tensor)))
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor, batched
 
 
 class _Open(NamedTuple):
@@ -92,7 +130,8 @@ class _Open(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """A tensor that a module was given and returned, and what stands for its output."""
+    """What stands for the output of a module, and the tensor in whose memory it is: one that the module was given, or
+    that the output is a view of."""
 
     name: str
     given: Tensor
@@ -275,40 +314,51 @@ class Recording:
                     return
                 raise InputError(f"there is no {name!r}: the module has {len(tensors)} such tensors")
             tensors = [tensors[int(number)]]
-        kept = []
-        for tensor in tensors:
-            if tensor.is_floating_point() and tensor.requires_grad:
-                value = tensor if self._attached else tensor.detach()
-                kept.append(Kept(*get_gradient_edge(tensor)[:2], value, value._version))
+        kept = [found for found in (Kept.of(name, tensor, self._attached) for tensor in tensors) if found is not None]
         if kept:
             self.outputs.setdefault(name, []).append(kept)
 
     def _owned(self, output: Any, start: int, name: str) -> Any:
-        """What a module returned, with tensors of its own in place of those that something before ``start`` made: what
-        uses them elsewhere does not use the module's output."""
+        """What a module returned, with tensors of its own in place of those that something before ``start`` made (what
+        uses them elsewhere does not use the module's output) and of views (which leave the graph once they are
+        changed in place)."""
         leaves, spec = pytree.tree_flatten(output)
         owned = list(leaves)
         for place, leaf in enumerate(leaves):
-            if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+            if not isinstance(leaf, Tensor):
                 continue
-            if leaf.grad_fn is None:
-                owned[place] = torch.ops.aten.alias(leaf)  # a view, as nobody may write into a leaf
-            elif leaf.grad_fn._sequence_nr() < start:
-                owned[place] = made = ModuleOutput.apply(leaf)  # type: ignore[no-untyped-call]
-                edges = (get_gradient_edge(leaf)[:2], get_gradient_edge(made)[:2])
-                self.shared.append(Shared(name, leaf, made, edges))
+            owned[place] = own(leaf, start)
+            if owned[place] is leaf:
+                continue
+            given, made = unwrapped(leaf)[0], unwrapped(owned[place])[0]
+            given = given if given._base is None or not given._base.requires_grad else given._base
+            self.shared.append(Shared(name, given, made, (get_gradient_edge(given)[:2], get_gradient_edge(made)[:2])))
         return output if all(map(operator.is_, owned, leaves)) else pytree.tree_unflatten(owned, spec)
+
+
+def own(output: Tensor, start: int = -1) -> Tensor:
+    """The output of a module that began at ``start``, as a tensor of its own: one whose node the module made, and that
+    keeps it when it is changed in place."""
+    tensor, _ = unwrapped(output)
+    if not tensor.requires_grad:
+        return output
+    if tensor.grad_fn is None:
+        alias: Tensor = torch.ops.aten.alias(output)  # a view, as nobody may write into a leaf
+        return alias
+    return module_output(output) if tensor._is_view() or tensor.grad_fn._sequence_nr() < start else output
 
 
 class ModuleOutput(torch.autograd.Function):
     """The same numbers in the same memory, as another tensor of the graph; no view, so that a write in place into it
     is recorded as into any tensor."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return x.detach()
+
+    @staticmethod
+    def vmap(info: Any, axes: Any, x: Tensor) -> Any:
+        return module_output(x), axes[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -317,6 +367,9 @@ class ModuleOutput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return g
+
+
+module_output: Callable[[Tensor], Tensor] = ModuleOutput.apply
 
 
 CONVOLUTIONS = frozenset(

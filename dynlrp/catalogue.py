@@ -85,6 +85,12 @@ def catalogue() -> list[Entry]:
     return [_entry(node, known.get(node, Facts())) for node in sorted({*known, *REGISTRY})]
 
 
+@cache
+def view_nodes() -> frozenset[str]:
+    """Node types of operations that return the memory of their operand."""
+    return frozenset(node for node, facts in _read().items() if "(a" in facts.schema)
+
+
 def table_version() -> str:
     """The release of PyTorch whose node types the table lists."""
     with TABLE.open(encoding="utf-8") as lines:

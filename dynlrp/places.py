@@ -43,28 +43,35 @@ class Tap:
     """A tensor of the graph and how it is shown."""
 
     edge: Edge
-    shape: tuple[int, ...]
-    """The shape it is shown in: heads have a dimension of their own."""
     stands: tuple[int, ...]
     """The shape it has in the graph."""
-    transposed: bool = False
-    """Keys, in the product with the queries."""
+    split: tuple[int, ...]
+    """The same with a dimension for heads."""
+    order: tuple[int, ...]
+    """The dimensions of that in the order they are shown in."""
     axis: int | None = None
     """The axis of its channels, where that is known of this kind of tensor."""
 
+    @classmethod
+    def plain(cls, edge: Edge, shape: tuple[int, ...], axis: int | None = None) -> Tap:
+        """A tensor that is shown as it is."""
+        return cls(edge, shape, shape, tuple(range(len(shape))), axis)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape it is shown in."""
+        return tuple(self.split[place] for place in self.order)
+
     def show(self, tensor: Tensor) -> Tensor:
         """A tensor of the graph's shape in the shape it is shown in."""
-        if self.transposed:
-            *rest, rows, columns = self.shape
-            return tensor.reshape(*rest, columns, rows).mT
-        return tensor.reshape(self.shape)
+        return tensor.reshape(self.split).permute(self.order)
 
     def place(self, mask: Tensor) -> Tensor:
         """A mask that broadcasts to the shown shape, in one that broadcasts to the graph's."""
-        if self.shape == self.stands and not self.transposed:
+        if self.shape == self.stands and self.order == tuple(sorted(self.order)):
             return mask
-        mask = mask.expand(self.shape)
-        return (mask.mT if self.transposed else mask).reshape(self.stands)
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return mask.expand(self.shape).permute(back).reshape(self.stands)
 
 
 def attention(
@@ -94,8 +101,7 @@ def _fused(graph: Graph, index: int) -> Iterator[tuple[str, Tap]]:
     edges = dict(zip(("query", "key", "value"), graph.operands[index], strict=False))
     for kind, edge in {**edges, "heads": Edge(index, 0)}.items():
         if edge is not None:
-            shape = _shape(graph, edge)
-            yield kind, Tap(edge, shape, shape, axis=1)
+            yield kind, Tap.plain(edge, _shape(graph, edge), axis=1)
 
 
 def _written_out(graph: Graph, index: int, product: int, position: int, batch: int) -> Iterator[tuple[str, Tap]]:
@@ -117,8 +123,9 @@ def _written_out(graph: Graph, index: int, product: int, position: int, batch: i
     for kind, edge, transposed in found:
         stands = () if edge is None else _shape(graph, edge)
         if edge is not None and math.prod(stands[:-2]) == math.prod(lead):
-            rows, columns = stands[-2:][::-1] if transposed else stands[-2:]
-            yield kind, Tap(edge, (*lead, rows, columns), stands, transposed, axis=1)
+            count = len(lead)
+            order = (*range(count), *((count + 1, count) if transposed else (count, count + 1)))
+            yield kind, Tap(edge, stands, (*lead, *stands[-2:]), order, axis=1)
 
 
 def _shape(graph: Graph, edge: Edge) -> tuple[int, ...]:

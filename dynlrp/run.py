@@ -14,6 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from dynlrp.auditor import AuditedLedger, Auditor
 from dynlrp.capture import Aliases, Call, Kept, Recorder, Recording, Shared, Wanted
+from dynlrp.catalogue import view_nodes
 from dynlrp.composite import innermost
 from dynlrp.condition import Condition, channel_axis, mask
 from dynlrp.errors import (
@@ -156,8 +157,8 @@ class Run:
         return list(dict.fromkeys(edge for group in self.groups for edge, _ in group.sources))
 
     def tell_apart(self, shared: Shared) -> None:
-        """Refuse a tensor that a module was given and returned where one of the two is changed in place and the other
-        is used behind that: they have one memory, and the graph does not know."""
+        """Refuse two tensors that have one memory where one of them is changed in place and the other is used behind
+        that: the graph does not know."""
         tensors = (shared.given, shared.output)
         for tensor, (node, _), other in zip(tensors, shared.edges, reversed(shared.edges), strict=True):
             written, below = None, tensor.grad_fn
@@ -166,26 +167,43 @@ class Run:
             edge = self.graph.edge(*other)
             if written is None or below is None or edge is None:
                 continue
-            later = (n for n, operands in zip(self.graph.nodes, self.graph.operands, strict=True) if edge in operands)
-            if any(n._sequence_nr() > written._sequence_nr() for n in later):
+            if self._last_use(edge) > written._sequence_nr():
                 raise InputError(
-                    f"{shared.name!r} returns what it was given, which is changed in place under one name and used "
-                    f"later under the other: write it out of place (x = x + 1, not x += 1)"
+                    f"{shared.name!r} returns a tensor whose memory has another name in the model: it is changed in "
+                    f"place under one name and used later under the other. Write that out of place (x = x + 1, not "
+                    f"x += 1)"
                 )
+
+    def _last_use(self, edge: Edge) -> int:
+        """Sequence number of the last operation that uses a tensor or one of its views."""
+        views, edges, last = view_nodes(), {edge}, -1
+        for index, operands in enumerate(self.graph.operands):  # which come before their consumers
+            if edges.intersection(operands):
+                node = self.graph.nodes[index]
+                last = max(last, node._sequence_nr())
+                if self.graph.names[index] in views:
+                    edges.update(Edge(index, output) for output in range(len(node._input_metadata)))
+        return last
 
     def tap(self, name: str, kept: Sequence[Kept]) -> None:
         """Ask for the relevance of a tensor on the way; what came with it may be masked."""
-        first, *others = [self._tap(tensor) for tensor in kept]
+        first, *others = [self._tap(name, tensor) for tensor in kept]
         self.taps.setdefault(name, []).append(first)
         self.beside.setdefault(name, []).extend(tap for tap in others if tap is not None)
 
-    def _tap(self, kept: Kept) -> Tap | None:
+    def _tap(self, name: str, kept: Kept) -> Tap | None:
         edge = self.graph.edge(kept.node, kept.number)
         if edge is None:
+            if kept.base is not None and kept.value._version != kept.version and self.graph.edge(*kept.base):
+                raise InputError(
+                    f"{name!r} is a view of another tensor and was changed in place, so that it is no part of the "
+                    f"graph any more: ask for the output of the module that made it as well, or write the change out "
+                    f"of place (nn.ReLU() instead of nn.ReLU(inplace=True))"
+                )
             return None
         self.captured.setdefault(edge, (kept.value, kept.version))
         shape = tuple(kept.value.shape)
-        return Tap(edge, shape, shape)
+        return Tap(edge, shape, shape, kept.order)
 
     def tap_attention(self, patterns: Sequence[tuple[str, str]]) -> None:
         """Ask for what attention makes, by glob of the module and kind."""

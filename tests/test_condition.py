@@ -438,7 +438,7 @@ def test_one_memory_under_two_names(written: str) -> None:
     x = oracle.draw(1, 2, 3)
     model = peers.randomise(Net(after=True), 1).double()
     assert explain(model, x, 1).ledger.closes
-    with pytest.raises(InputError, match="'short' returns what it was given, which is changed in place"):
+    with pytest.raises(InputError, match="'short' returns a tensor whose memory has another name"):
         explain(model, x, 1, layers="short")
     fine = peers.randomise(Net(after=False), 1).double()
     close(explain(fine, x, 1, layers="short").relevance, explain(fine, x, 1).relevance, 1e-12)

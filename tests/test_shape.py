@@ -217,7 +217,7 @@ ELSEWHERE = {
     "PinMemoryBackward0": "only with a GPU",
     "torch::autograd::CopyBackwards": "only between devices",
     "BackwardHookFunctionBackward": "only of modules with backward hooks, see test_explain",
-    "ModuleOutputBackward": "only of modules that return what they were given, see test_condition",
+    "ModuleOutputBackward": "only of modules that return views or what they were given, see test_layers",
     **{
         name + "_copy": "PyTorch has no kernel for it"
         for name in (

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dynlrp.allocation.layers import Layer
+from dynlrp.capture import module_output, own
 from dynlrp.errors import InputError, NoPathError
 
 
@@ -56,12 +57,6 @@ def watching(layers: Mapping[str, Layer], watch: Watch) -> Iterator[None]:
         yield
 
 
-def kept(layer: Layer, module: nn.Module, given: Tensor, output: Tensor) -> Tensor | None:
-    """A watch that keeps outputs in the graph. A model may change them in place, which a leaf does not bear, and
-    which takes the node of a view out."""
-    return output.clone() if output.requires_grad and (output.is_leaf or output._is_view()) else None
-
-
 @contextmanager
 def calls(layers: Mapping[str, Layer]) -> Iterator[list[Call]]:
     """Every run of a layer inside, with a graph behind its output whether or not the model is frozen."""
@@ -71,9 +66,9 @@ def calls(layers: Mapping[str, Layer]) -> Iterator[list[Call]]:
         if not torch.is_grad_enabled():
             found.append(Call(layer, module, given.detach(), given._version, None))
             return None
-        grown = output if output.requires_grad else output.detach().requires_grad_()
-        found.append(Call(layer, module, given.detach(), given._version, get_gradient_edge(grown)))
-        return kept(layer, module, given, grown)
+        made = own(output) if output.requires_grad else module_output(output.detach().requires_grad_())
+        found.append(Call(layer, module, given.detach(), given._version, get_gradient_edge(made)))
+        return made
 
     with watching(layers, watch):
         yield found

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dynlrp.allocation.calibration import batch_size, cut
-from dynlrp.allocation.observe import kept, watching
 from dynlrp.allocation.samples import by_sample
 from dynlrp.allocation.scores import Task, score
 from dynlrp.explain import explain
@@ -60,11 +59,10 @@ def parameter_relevance(task: Task) -> Iterator[Tensor]:
 def _explained(task: Task) -> Iterator[tuple[Explanation, int]]:
     names = [name for layer in task.layers.values() for name in layer.modules]
     for batch in task.batches():
-        with watching(task.layers, kept):
-            found = explain(
-                task.model, batch, task.target, composite=task.composite, layers=names, output=task.output,
-                on_unknown=task.on_unknown,
-            )  # fmt: skip
+        found = explain(
+            task.model, batch, task.target, composite=task.composite, layers=names, output=task.output,
+            on_unknown=task.on_unknown,
+        )  # fmt: skip
         yield found, batch_size(batch)
 
 
