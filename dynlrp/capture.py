@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynlrp.composite import Composite, When, innermost
 from dynlrp.errors import InputError
+from dynlrp.names import matching
 from dynlrp.places import ATTENTION, parse
 
 functorch: Any = torch._C._functorch
@@ -292,14 +293,9 @@ class Recording:
             pattern, of = parse(whole)
             if of.startswith("input") != (kind == "input") or of in ATTENTION:
                 continue
-            everything = list(self._model.named_modules(remove_duplicate=False))
-            found = [(name, module) for name, module in everything if fnmatchcase(name, pattern)]
-            if not found:
-                raise InputError(
-                    f"no module is called {pattern!r}; the model has {[n for n, _ in everything[1:9]]} ..."
-                )
-            for name, module in found:
-                name = name if of == "output" else f"{name}:{of}"
+            everything = dict(self._model.named_modules(remove_duplicate=False))
+            for found in matching(pattern, everything, "module"):
+                module, name = everything[found], found if of == "output" else f"{found}:{of}"
                 names = wanted.setdefault(id(module), (module, []))[1]
                 if name not in names:
                     names.append(name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from dynlrp.composite import Composite
 from dynlrp.errors import InputError
 from dynlrp.explain import explain
 from dynlrp.explanation import Explanation
+from dynlrp.names import matching
 from dynlrp.places import parse
 from dynlrp.target import Target
 
@@ -139,13 +139,8 @@ def _shape(module: nn.Module) -> torch.Size:
 def _find(model: nn.Module, names: str | Iterable[str], fits: Callable[[nn.Module], bool]) -> list[str]:
     """Names of modules by name or glob, each once."""
     every = [name for name, module in model.named_modules() if fits(module)]
-    found: dict[str, None] = {}
-    for pattern in (names,) if isinstance(names, str) else names:
-        matches = [name for name in every if fnmatchcase(name, pattern)]
-        if not matches:
-            raise InputError(f"{pattern!r} is none of the layers with such units: {every[:8]} ...")
-        found |= dict.fromkeys(matches)
-    return list(found)
+    patterns = (names,) if isinstance(names, str) else names
+    return list(dict.fromkeys(name for p in patterns for name in matching(p, every, "layer with such units")))
 
 
 def _output(model: nn.Module, name: str) -> _Place:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from dynlrp.capture import EVERYTHING, Aliases, Recorder, Recording, Wanted
 from dynlrp.condition import Condition
 from dynlrp.errors import InputError, NonFiniteError, TargetError
 from dynlrp.inputs import Inputs, as_dicts, call
+from dynlrp.names import matching
 from dynlrp.options import Options
 from dynlrp.places import ATTENTION, parse
 from dynlrp.rules.operation import REGISTRY
@@ -160,10 +160,7 @@ class Request:
         names: dict[str, nn.Parameter] = {}
         found_once: set[int] = set()
         for pattern in wanted:
-            found = [name for name in everything if fnmatch.fnmatchcase(name, pattern)]
-            if not found:
-                raise InputError(f"no parameter is called {pattern!r}; the model has {list(everything)[:8]} ...")
-            for name in found:
+            for name in matching(pattern, everything, "parameter"):
                 if name == pattern or id(everything[name]) not in found_once:  # a glob finds a tied one once
                     names[name] = everything[name]
                     found_once.add(id(everything[name]))

@@ -29,6 +29,7 @@ from dynlrp.expansion import Expander, Paths
 from dynlrp.explanation import Explanation
 from dynlrp.graph import CHANGED, FREED, LEAF, Edge, Graph, Node, Structure
 from dynlrp.ledger import Ledger
+from dynlrp.names import matching
 from dynlrp.options import Options
 from dynlrp.places import Tap, attention, parse
 from dynlrp.plan import Plan, StepPlan, UnknownNodes, make_plan
@@ -210,17 +211,11 @@ class Run:
         assert self.recording is not None
         found = list(attention(self.graph, self.sources(), self.recording.path, len(self.values[0])))
         for glob, kind in patterns:
-            fits = [
-                (f"{path}:{kind}", tap) for path, of, tap in found if of == kind and fnmatch.fnmatchcase(path, glob)
-            ]
-            if not fits:
-                there = list(dict.fromkeys(f"{path}:{of}" for path, of, _ in found))
-                raise InputError(
-                    f"no attention makes {glob + ':' + kind!r}; there are {there[:10] or 'none at all'}"
-                    + (" (a fused kernel makes no weights)" if kind == "weights" else "")
-                )
-            for name, tap in dict.fromkeys(fits):
-                if tap not in self.taps.setdefault(name, []):
+            names = [f"{path}:{of}" for path, of, _ in found]
+            why = "a fused kernel makes no weights" if kind == "weights" else ""
+            fits = set(matching(f"{glob}:{kind}", names, "tensor of an attention", why))
+            for name, (_, _, tap) in zip(names, found, strict=True):
+                if name in fits and tap not in self.taps.setdefault(name, []):
                     self.taps[name].append(tap)
 
     def place(self, conditions: Sequence[Condition]) -> None:

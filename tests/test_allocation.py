@@ -115,13 +115,21 @@ def test_groups_share(net: Net, given: Any) -> None:
     found = allocate(net, X, 7, score="given", groups=[("query", "key"), ("key", "value")])
     assert len({found.bits[name] for name in ("query", "key", "value")}) == 1
     assert found.provenance["groups"] == [["query", "key", "value"]]
-    with pytest.raises(InputError, match="groups= names 'nothing'"):
+    with pytest.raises(InputError, match="no layer is called 'nothing'"):
         allocate(net, X, 7, score="uniform", groups=[("query", "nothing")])
     with pytest.raises(InputError, match="not the text 'query'"):
         allocate(net, X, 7, score="uniform", groups=["query"])
 
 
-def test_stars_make_a_group_in_every_block() -> None:
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (("*.query", "*.key"), [["0.query", "0.key"], ["1.query", "1.key"]]),
+        (("[01].query", "?.key"), [["0.query", "0.key", "1.query", "1.key"]]),  # no stars: one text, the empty one
+        (("[*0].*", "[!1].k*"), []),  # a star in brackets is none
+    ],
+)
+def test_stars_make_a_group_in_every_block(names: tuple[str, ...], groups: list[list[str]]) -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -131,8 +139,8 @@ def test_stars_make_a_group_in_every_block() -> None:
             return self.out(self.query(x) * self.key(x))
 
     model = nn.Sequential(Attention(), Attention()).eval()
-    found = allocate(model, torch.randn(4, 4), 12, score="uniform", groups=[("*.query", "*.key")])
-    assert found.provenance["groups"] == [["0.query", "0.key"], ["1.query", "1.key"]]
+    found = allocate(model, torch.randn(4, 4), 12, score="uniform", groups=[names])
+    assert found.provenance["groups"] == groups
 
 
 def test_pins(net: Net) -> None:
@@ -142,7 +150,7 @@ def test_pins(net: Net) -> None:
     assert torch.equal(kept.apply(tool="float").stem.weight, net.stem.weight)
     with pytest.raises(InputError, match="pinned to 1 bits"):
         allocate(net, X, 11, pinned={"head": 1})
-    with pytest.raises(InputError, match="pinned= names 'nothing'"):
+    with pytest.raises(InputError, match="no layer is called 'nothing'"):
         allocate(net, X, 11, pinned={"nothing": 4})
     with pytest.raises(InputError, match="must share bits"):
         allocate(net, X, 11, pinned={"query": 4, "key": 8}, groups=[("query", "key")])

@@ -227,7 +227,7 @@ def test_relevance_by_channel() -> None:
         ({"1": Part(0, axis=4)}, "no axis 4"),
         ({"1": torch.ones(3, 1, 1)}, "does not broadcast"),
         ({"seven": [0]}, "no module is called 'seven'"),
-        ({"1:heads": [0]}, "no attention makes '1:heads'"),
+        ({"1:heads": [0]}, "no tensor of an attention is called '1:heads'"),
         ({"1:output": [0]}, "behind a colon"),
     ],
 )

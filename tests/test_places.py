@@ -90,9 +90,9 @@ def test_attention_in_every_way_of_writing_it(way: str, composite: str) -> None:
 
 
 def test_a_fused_kernel_makes_no_weights() -> None:
-    with pytest.raises(InputError, match=r"'attention:heads'.*a fused kernel makes no weights"):
+    with pytest.raises(InputError, match=r"a fused kernel makes no weights.*'attention:heads'"):
         explain(net("fused"), X, 2, layers="attention:weights")
-    with pytest.raises(InputError, match="no attention makes 'head:query'"):
+    with pytest.raises(InputError, match="no tensor of an attention is called 'head:query'"):
         explain(net("fused"), X, 2, layers="head:query")
 
 

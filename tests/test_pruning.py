@@ -317,8 +317,8 @@ def test_errors(tmp_path: Path) -> None:
     model, x = attention(), draw(3, 4, 5, 16)
     for call, message in (
         (lambda: unit_relevance(model, x), "name layers or heads"),
-        (lambda: unit_relevance(model, x, "nothing*"), "none of the layers with such units"),
-        (lambda: unit_relevance(model, x, "block.norm"), "none of the layers with such units"),
+        (lambda: unit_relevance(model, x, "nothing*"), "no layer with such units is called"),
+        (lambda: unit_relevance(model, x, "block.norm"), "no layer with such units is called"),
         (lambda: unit_relevance(model, x, heads={"block.up": 5}), "16 inputs of 'block.up' are not those of 5 heads"),
         (lambda: unit_relevance(model, x, heads={"block.attention": 2}), "has 4 heads, not 2"),
         (lambda: unit_relevance(model, x, heads={"block.up": 2, "block.u*": 4}), "names a layer twice"),

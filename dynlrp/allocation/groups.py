@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from fnmatch import translate
 
 from dynlrp.allocation.layers import Layer
 from dynlrp.allocation.quantizer import WIDTHS
 from dynlrp.errors import InputError
+from dynlrp.names import matching
 
 Groups = Iterable[Sequence[str]]
 """Each entry lists names of layers that share bits. Where names are globs, layers whose stars stand for the same text
@@ -29,26 +30,28 @@ def make_groups(layers: Mapping[str, Layer], groups: Groups) -> list[list[str]]:
             raise InputError(f"a group is a list of names, not the text {entry!r}")
         first: dict[tuple[str, ...], str] = {}
         for pattern in entry:
-            found = list(_matches(layers, pattern))
-            if not found:
-                raise InputError(f"groups= names {pattern!r}; the layers are {list(layers)[:8]} ...")
-            for name, stars in found:
-                leader[lead(name)] = lead(first.setdefault(stars, name))
+            for name, alias in _named(layers, pattern).items():
+                leader[lead(name)] = lead(first.setdefault(_stars(pattern, alias), name))
     made: dict[str, list[str]] = {}
     for name in layers:
         made.setdefault(lead(name), []).append(name)
     return list(made.values())
 
 
-def _matches(layers: Mapping[str, Layer], pattern: str) -> Iterable[tuple[str, tuple[str, ...]]]:
-    """Layers that a glob fits, with what its stars stand for."""
-    glob = re.compile("".join("(.*)" if part == "*" else re.escape(part) for part in re.split(r"(\*)", pattern)))
-    for name, layer in layers.items():
-        for alias in layer.modules:
-            found = glob.fullmatch(alias)
-            if found is not None:
-                yield name, found.groups()
-                break
+def _named(layers: Mapping[str, Layer], pattern: str) -> dict[str, str]:
+    """Layers that a glob fits, each with the first of its names that does."""
+    owner = {alias: name for name, layer in layers.items() for alias in layer.modules}
+    found = matching(pattern, owner, "layer")
+    return {owner[alias]: alias for alias in reversed(found)}
+
+
+def _stars(pattern: str, name: str) -> tuple[str, ...]:
+    """What the stars of a glob stand for in a name that it fits."""
+    parts = re.split(r"(\*|\[.*?\])", pattern)
+    glob = "".join("(.*)" if part == "*" else translate(part)[:-2] for part in parts)
+    found = re.fullmatch(glob, name)
+    assert found is not None
+    return found.groups()
 
 
 def make_pins(layers: Mapping[str, Layer], pinned: Mapping[str, int | None]) -> dict[str, int | None]:
@@ -57,10 +60,7 @@ def make_pins(layers: Mapping[str, Layer], pinned: Mapping[str, int | None]) -> 
     for pattern, bits in pinned.items():
         if bits is not None and bits not in WIDTHS:
             raise InputError(f"{pattern!r} is pinned to {bits} bits; it can have {WIDTHS[0]} to {WIDTHS[-1]}, or None")
-        found = [name for name, layer in layers.items() if any(fnmatchcase(alias, pattern) for alias in layer.modules)]
-        if not found:
-            raise InputError(f"pinned= names {pattern!r}; the layers are {list(layers)[:8]} ...")
-        pins.update(dict.fromkeys(found, bits))
+        pins.update(dict.fromkeys(_named(layers, pattern), bits))
     return pins
 
 

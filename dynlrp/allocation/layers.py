@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dynlrp.errors import InputError
+from dynlrp.names import matching
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 REASONS = {
@@ -78,11 +77,11 @@ def find_layers(model: nn.Module, names: str | Iterable[str] = "*") -> dict[str,
     patterns = (names,) if isinstance(names, str) else tuple(names)
     left = left_out(model)
     every = {name: module for name, module in model.named_modules() if _holds_weight(module) and name not in left}
-    found = {name for name in every if any(fnmatchcase(name, pattern) for pattern in patterns)}
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in every):
-            why = f": {left[pattern]}" if pattern in left else f"; there are {list(every)[:8]} ..."
-            raise InputError(f"no linear map or convolution is called {pattern!r}{why}")
+    found = {
+        name
+        for pattern in patterns
+        for name in matching(pattern, every, "linear map or convolution", left.get(pattern, ""))
+    }
     holders: dict[int, dict[str, nn.Module]] = {}
     for name, module in every.items():
         holders.setdefault(id(module.weight), {})[name] = module
