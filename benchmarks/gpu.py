@@ -30,6 +30,7 @@ from benchmarks.results import RESULTS, table, write_section
 from benchmarks.rivals import METHODS
 from benchmarks.rivals.plain import gradient
 from benchmarks.timing import interleaved, nothing
+from dynlrp import DynLRPError
 
 Build = Callable[[int, int], Case]
 
@@ -188,8 +189,8 @@ def main() -> None:
                         found = measure(
                             name, dtype, batch, length, options.rounds, options.device, options.rival, options.graphs
                         )
-                    except torch.OutOfMemoryError:
-                        print(name, dtype, batch, length, "out of memory", flush=True)
+                    except (torch.OutOfMemoryError, DynLRPError) as error:
+                        print(name, dtype, batch, length, f"{type(error).__name__}: {error}", flush=True)
                         continue
                     finally:
                         gc.collect()
