@@ -243,7 +243,7 @@ def _share(step: Step, terms: tuple[Term, ...], multiplier: Tensor) -> Share:
 
 def _add(results: list[Tensor | None], position: int, value: Tensor) -> None:
     present = results[position]
-    results[position] = value if present is None else present + value
+    results[position] = value if present is None else present.add_(value)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
@@ -362,14 +362,14 @@ class Gamma(TermRule):
             size = sum_terms(step, (term,), epsilon).clamp_min_(epsilon)
             share = _share(step, (term,), (g * z).div_(size).to(w.dtype))
             return [share], share.total.sum() * epsilon
-        half = self.gamma / 2
-        ratio, epsilon = 1 / half + 1, self.epsilon / half
+        # (|z| + scale sum_i |c|) in the denominator: a common factor of all terms cancels.
+        scale, epsilon = self.gamma / (2 + self.gamma), self.epsilon / (1 + self.gamma / 2)
         positive, mask = (x, None) if step.nonnegative else (x.abs(), x.sign())
-        sizes = Term(positive, mask, each(w, torch.abs), None if b is None else b.abs())
-        size = sum_terms(step, (sizes,), epsilon).add_(z.abs(), alpha=ratio)
-        part = z / size
-        whole = _share(step, (sizes,), (g * part).to(w.dtype))
-        plain = _share(step, (Term(x, None, w, b),), (part.abs() * g).mul_(ratio).to(w.dtype))
+        sizes = Term(positive, mask, each(w, lambda v: v.abs().mul_(scale)), None if b is None else b.abs() * scale)
+        size = z.abs()
+        part = g / sum_terms(step, (sizes,), epsilon).add_(size)
+        whole = _share(step, (sizes,), (part * z).to(w.dtype))
+        plain = _share(step, (Term(x, None, w, b),), (part * size).to(w.dtype))
         return [plain, whole], whole.total.sum() * epsilon
 
     def _divided(
