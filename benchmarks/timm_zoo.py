@@ -30,7 +30,8 @@ def page(reports: list[Coverage]) -> str:
     return f"""# Every family of timm
 
 The smallest model of each of timm's {len(reports)} modules that have models, with random weights and an image of its
-own size. [What the columns say](../howto/coverage.md#what-is-counted).
+own size; where that is large, the explained image is one of 224 pixels.
+[What the columns say](../howto/coverage.md#what-is-counted).
 
 {report.summary(reports)}.
 
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--keep", type=Path, default=Path("out/timm.jsonl"))
     options = parser.parse_args()
-    text = page(zoo.surveyed(["timm/*"], options.keep, processes=options.jobs, timeout=300, make=report_on))
+    text = page(zoo.surveyed(["timm/*"], options.keep, 12, processes=options.jobs, timeout=300, make=report_on))
     if options.write:
         (zoo.PAGES / "timm.md").write_text(text, "utf-8")
     else:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dynlrp.composite import Composite
 from dynlrp.errors import DynLRPError, InputError
@@ -55,6 +58,20 @@ class Uncovered:
 
 
 @dataclass(frozen=True)
+class Idle:
+    """A module in which no operation of the graph lies, and none of whose parameters is in it."""
+
+    path: str
+    parameters: int
+    ran: bool
+    """It was called, but the graph of the explained output does not go through it: a head for another output, a choice
+    of codes, something under ``torch.no_grad`` or inside of a custom function."""
+
+    def __str__(self) -> str:
+        return "ran, but the output's graph does not go through it" if self.ran else "did not run"
+
+
+@dataclass(frozen=True)
 class Coverage:
     """The report on one model. A node is an operation of its autograd graph; leaves (parameters) are counted apart."""
 
@@ -74,15 +91,14 @@ class Coverage:
     operations: tuple[OperationCount, ...] = ()
     uncovered: tuple[Uncovered, ...] = ()
     roles: dict[str, int] = field(default_factory=dict)
-    idle: dict[str, int] = field(default_factory=dict)
-    """Modules that take no part in the explained output, outermost, with their number of parameters: a tower for
-    images where only text was given."""
+    idle: tuple[Idle, ...] = ()
+    """Modules that take no part in the explained output, outermost: a tower for images where only text was given."""
     promises: int = 0
     replayed: int = 0
     delta: int = 0
-    """Replayed operations on the longest chain to a kept promise."""
+    """Operations on the longest chain that each promise waits for, summed over promises."""
     rho: float = 0.0
-    """Replayed nodes per node that relevance visits."""
+    """Promises per node that relevance visits."""
     runs: int = 1
     """Runs of the model that an explanation takes: 2 where it has to record activations that nobody kept."""
     fake: bool = True
@@ -142,6 +158,7 @@ class Coverage:
         own = {f.name: data[f.name] for f in fields(cls)}
         own["operations"] = tuple(OperationCount(**{**o, "rules": tuple(o["rules"])}) for o in own["operations"])
         own["uncovered"] = tuple(Uncovered(**u) for u in own["uncovered"])
+        own["idle"] = tuple(Idle(**one) for one in own["idle"])
         if own["verification"] is not None:
             made = dict(own["verification"])
             made["balances"] = {name: Balances(*numbers) for name, numbers in made["balances"].items()}
@@ -211,14 +228,16 @@ class Captured(NamedTuple):
     """It was captured with fake tensors."""
     model: Callable[..., Any]
     """What ran: the model or a copy in fake tensors."""
+    ran: Set[int]
+    """Its modules that were called, by ``id``."""
 
 
 def capture(model: Callable[..., Any], inputs: Any, target: Target = None, **options: Any) -> Captured:
     """Capture the graph of a model, without numbers if that is possible. ``options`` are those of
     :func:`dynlrp.explain.settle`."""
     try:
-        with faked(model, as_dicts(inputs)) as (copied, given):
-            return Captured(*settle(copied, given, target, **options), True, copied)
+        with faked(model, as_dicts(inputs)) as (copied, given), _called() as ran:
+            return Captured(*settle(copied, given, target, **options), True, copied, ran)
     except Exception as error:
         if not _has_weights(model):
             if isinstance(error, DynLRPError):
@@ -227,14 +246,31 @@ def capture(model: Callable[..., Any], inputs: Any, target: Target = None, **opt
                 f"a model without weights is looked at with fake tensors, and this one needs numbers: "
                 f"{type(error).__name__}: {error}. Build it with weights, smaller if need be."
             ) from error
-    return Captured(*settle(model, inputs, target, **options), False, model)  # else the same goes wrong again
+    with _called() as ran:
+        return Captured(*settle(model, inputs, target, **options), False, model, ran)  # else the same goes wrong again
 
 
-def idle(captured: Captured) -> dict[str, int]:
-    """The outermost modules none of whose parameters and operations are in the graph: their number of parameters."""
+@contextmanager
+def _called() -> Iterator[set[int]]:
+    """The modules that this thread calls, by ``id``."""
+    found, thread = set[int](), threading.get_ident()
+
+    def called(module: nn.Module, _: Any) -> None:
+        if threading.get_ident() == thread:
+            found.add(id(module))
+
+    handle = register_module_forward_pre_hook(called)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def idle(captured: Captured) -> tuple[Idle, ...]:
+    """The outermost modules none of whose parameters and operations are in the graph."""
     model, (graph, path) = captured.model, (captured.settled.graph, captured.settled.path)
     if not isinstance(model, nn.Module):
-        return {}
+        return ()
     leaves = {id(node.variable) for name, node in zip(graph.names, graph.nodes, strict=True) if name == LEAF}
     places = {path(node._sequence_nr()) for name, node in zip(graph.names, graph.nodes, strict=True) if name != LEAF}
     places |= {name.rpartition(".")[0] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in leaves}
@@ -243,12 +279,12 @@ def idle(captured: Captured) -> dict[str, int]:
         while place not in busy:
             busy.add(place)
             place = place.rpartition(".")[0]
-    found = {}
+    found = []
     for name, module in model.named_modules():
         parameters = sum(p.numel() for p in module.parameters())
         if name not in busy and name.rpartition(".")[0] in busy and parameters:
-            found[name] = parameters
-    return found
+            found.append(Idle(name, parameters, any(id(part) in captured.ran for part in module.modules())))
+    return tuple(found)
 
 
 def copies(settled: Settled) -> set[int]:

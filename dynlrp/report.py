@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dynlrp.coverage import Coverage, Uncovered
 from dynlrp.errors import InputError
-from dynlrp.verification import Unbalanced
+from dynlrp.verification import Unbalanced, Verification
 
 PAPER_TOTAL = (31_440, 31_465)
 PAPER_ROWS = {
@@ -49,7 +49,7 @@ COLUMNS: dict[str, Callable[[Coverage], str]] = {
     "operations": lambda r: f"{r.operations_covered}/{len(r.operations)}",
     "reached": lambda r: f"{r.reached:,}",
     "verified": lambda r: f"{r.verified:,}" if r.verification else "",
-    "residual": lambda r: f"{r.verification.residual:.0e}" if r.verification and not r.verification.error else "",
+    "residual": lambda r: _residual(r.verification) if r.verification and not r.verification.error else "",
     "promises": lambda r: f"{r.promises:,}",
     "delta": lambda r: str(r.delta),
     "rho": lambda r: f"{r.rho:.3f}",
@@ -58,6 +58,10 @@ COLUMNS: dict[str, Callable[[Coverage], str]] = {
     "status": lambda r: r.status,
 }
 """The columns of a table for people."""
+
+
+def _residual(check: Verification) -> str:
+    return f"{check.residual:.0e}" + " (float64)" * check.float64
 
 
 def columns_for(reports: Iterable[Coverage]) -> dict[str, Callable[[Coverage], str]]:
@@ -171,13 +175,13 @@ TOWER = 0.05
 """Share of a model's parameters from which on a module that takes no part is told."""
 
 
-def towers(reports: Iterable[Coverage]) -> list[tuple[str, str, str]]:
-    """Modules of some size that take no part in what was explained: model, path, and share of its parameters."""
+def towers(reports: Iterable[Coverage]) -> list[tuple[str, str, str, str]]:
+    """Modules of some size that take no part in what was explained: model, path, share of its parameters, and why."""
     return [
-        (report.model, path, f"{100 * parameters / report.parameters:.0f} %")
+        (report.model, one.path, f"{100 * one.parameters / report.parameters:.0f} %", str(one))
         for report in reports
-        for path, parameters in report.idle.items()
-        if parameters >= TOWER * report.parameters
+        for one in report.idle
+        if one.parameters >= TOWER * report.parameters
     ]
 
 
@@ -226,7 +230,7 @@ def to_csv(reports: Sequence[Coverage]) -> str:
                 report.operations_covered,
                 " ".join(f"{name.replace(' ', '_')}={count}" for name, count in report.roles.items()),
                 " ".join(dict.fromkeys(gap.operation for gap in report.uncovered)),
-                " ".join(report.idle),
+                " ".join(one.path for one in report.idle),
                 *("" if check is None else getattr(check, name) for name in checked),
             ]
         )
@@ -240,7 +244,7 @@ def to_markdown(reports: Sequence[Coverage]) -> str:
     if wrong:
         parts.append(table(wrong, PROBLEM))
     if towers(reports):
-        parts.append(table(towers(reports), TOWERS, TOWERS[2:]))
+        parts.append(table(towers(reports), TOWERS, TOWERS[2:3]))
     if is_paper(reports):
         parts.append(PAPER)
     return "\n\n".join(parts) + "\n"
@@ -248,7 +252,7 @@ def to_markdown(reports: Sequence[Coverage]) -> str:
 
 PROBLEM = ("model", "where", "operation", "what")
 """The columns of :func:`problems`."""
-TOWERS = ("model", "takes no part", "of the parameters")
+TOWERS = ("model", "takes no part", "of the parameters", "as it")
 """The columns of :func:`towers`."""
 
 

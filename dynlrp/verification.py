@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dynlrp.audit import Audit
 from dynlrp.errors import described
 from dynlrp.explain import explain
+from dynlrp.explanation import Explanation
 from dynlrp.inputs import as_dicts, call
 from dynlrp.target import Seed, Target, find_output, make_seed
 
@@ -61,6 +62,8 @@ class Verification:
     gradient_seconds: float = 0.0
     """Forward pass and gradient of the inputs."""
     explain_seconds: float = 0.0
+    float64: bool = False
+    """Balances and residual are those of a copy in float64: in the model's own precision they are open by rounding."""
     error: str = ""
 
     @property
@@ -89,35 +92,56 @@ def verification(model: Callable[..., Any], inputs: Any, target: Target = None, 
 
         explained()
         try:
-            gradient()
+            gradient_seconds, explain_seconds = _shortest([gradient, explained], state)
         except Exception:  # some models refuse: Reformer's own backward pass wants training mode
             gradient_seconds, (explain_seconds,) = 0.0, _shortest([explained], state)
-        else:
-            gradient_seconds, explain_seconds = _shortest([gradient, explained], state)
         torch.set_rng_state(state)
         explanation = explain(model, inputs, target, audit=True, **options)
     except Exception as error:  # what is wrong belongs into the report
         return Verification(error=described(error))
     finally:
         torch.set_rng_state(state)
-    ledger, audit = explanation.ledger, explanation.audit
-    assert audit is not None
-    balances, unbalanced = _judged(audit)
-    closes = ledger.closes and not ledger.unresolved and not ledger.fallbacks
-    return Verification(
-        balances=balances,
-        unbalanced=unbalanced,
-        residual=ledger.error,
-        closes=closes,
+    found = Verification(
+        **_judged(explanation),
         finite=explanation.finite(),
         unchanged=torch.equal(explanation.value, value),
         gradient_seconds=gradient_seconds,
         explain_seconds=explain_seconds,
     )
+    return (
+        found
+        if found.passed or explanation.value.dtype is torch.float64
+        else _sharper(found, model, inputs, target, options)
+    )
 
 
-def _judged(audit: Audit) -> tuple[dict[str, Balances], tuple[Unbalanced, ...]]:
-    """The balances of every operation, and what is wrong with those that do not close."""
+def _sharper(
+    found: Verification, model: Callable[..., Any], inputs: Any, target: Target, options: Mapping[str, Any]
+) -> Verification:
+    """The balances in float64, where all of them close there: then it is rounding that opened them."""
+    state = torch.get_rng_state()
+    try:
+        wide = copy.deepcopy(model).double() if isinstance(model, nn.Module) else model
+        given = pytree.tree_map(_double, as_dicts(inputs))
+        explanation = explain(wide, given, target, audit=True, **options)
+        if explanation.value.dtype is not torch.float64:
+            return found
+        sharper = replace(found, **_judged(explanation), float64=True)
+    except Exception:  # a model that fixes its own precision
+        return found
+    finally:
+        torch.set_rng_state(state)
+    return sharper if sharper.passed else found
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _judged(explanation: Explanation) -> dict[str, Any]:
+    """The balances of every operation, what is wrong with those that do not close, and the ledger's residual."""
+    ledger, audit = explanation.ledger, explanation.audit
+    assert audit is not None
     balances: dict[str, Balances] = {}
     wrong: dict[tuple[str, str, str], tuple[int, float]] = {}
     for row in audit.rows:
@@ -131,9 +155,14 @@ def _judged(audit: Audit) -> tuple[dict[str, Balances], tuple[Unbalanced, ...]]:
                 error, unknown = problem
                 nodes, worst = wrong.get((name, row.module, unknown), (0, 0.0))
                 wrong[name, row.module, unknown] = nodes + 1, max(worst, error)
-    return balances, tuple(
-        Unbalanced(name, path, nodes, error, unknown) for (name, path, unknown), (nodes, error) in wrong.items()
-    )
+    return {
+        "balances": balances,
+        "unbalanced": tuple(
+            Unbalanced(name, path, nodes, error, unknown) for (name, path, unknown), (nodes, error) in wrong.items()
+        ),
+        "residual": ledger.error,
+        "closes": ledger.closes and not ledger.unresolved and not ledger.fallbacks,
+    }
 
 
 def _shortest(runs: Sequence[Callable[[], object]], state: Tensor) -> list[float]:
@@ -164,5 +193,5 @@ def _forward(
 
 
 def _gradient(seed: Seed, wanted: list[Tensor]) -> None:
-    if wanted:
-        torch.autograd.grad(seed.root, wanted, seed.start, allow_unused=True)
+    if wanted:  # the graph is retained as a model may keep a part of it for its next call
+        torch.autograd.grad(seed.root, wanted, seed.start, allow_unused=True, retain_graph=True)

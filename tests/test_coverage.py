@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from dynlrp import Coverage, InputError, coverage
-from dynlrp.coverage import MOVES, capture
+from dynlrp.coverage import MOVES, Idle, capture
 from dynlrp.explain import settle
 from dynlrp.rules import linear_operation
 from dynlrp.verification import Balances, Unbalanced, Verification, verification
@@ -87,11 +87,14 @@ class Tower(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.text, self.image = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), nn.Sequential(nn.Linear(4, 3), nn.ReLU())
-        self.table, self.pooler = nn.Embedding(2, 3), nn.Linear(3, 3)
+        self.table, self.pooler, self.quiet = nn.Embedding(2, 3), nn.Linear(3, 3), nn.Linear(4, 3)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         made = self.text(x) + self.table.weight[0]
         made = made if y is None else made + self.image(y)
+        with torch.no_grad():
+            told = self.quiet(x)
+        made = made + told
         return made, self.pooler(made)
 
 
@@ -105,10 +108,13 @@ def test_what_takes_no_part_is_told(read: bool, frozen: bool) -> None:
     x = torch.rand(1, 4)
     report = coverage(model, (x,), output=0)
     assert report.fake != read
-    assert report.idle == {"image": 15, "pooler": 12}
-    assert coverage(model, (x, x), output=0).idle == {"pooler": 12}
-    assert coverage(model, (x, x), output=1).idle == {}
-    assert coverage(Apply(lambda x: x * 2), x).idle == {}
+    image, pooler, quiet = Idle("image", 15, False), Idle("pooler", 12, True), Idle("quiet", 15, True)
+    assert report.idle == (image, pooler, quiet)
+    assert str(image) == "did not run"
+    assert str(quiet) == "ran, but the output's graph does not go through it"
+    assert coverage(model, (x, x), output=0).idle == (pooler, quiet)
+    assert coverage(model, (x, x), output=1).idle == (quiet,)
+    assert coverage(Apply(lambda x: x * 2), x).idle == ()
 
 
 def test_an_operation_without_a_rule_is_a_gap() -> None:
@@ -152,7 +158,7 @@ def test_no_numbers_are_needed(name: str, frozen: bool) -> None:
     """
     model, inputs, target = sample(name)
     model.requires_grad_(not frozen)
-    one, runs, fake, _ = capture(model, inputs, target)
+    one, runs, fake, *_ = capture(model, inputs, target)
     other, real_runs = settle(model, inputs, target)
     assert fake
     assert runs == real_runs
@@ -195,7 +201,7 @@ def test_writes_into_views_are_judged_without_numbers(name: str) -> None:
         return y
 
     x = torch.randn(4, 32)
-    settled, _, fake, _ = capture(Apply(model), x)
+    settled, _, fake, *_ = capture(Apply(model), x)
     assert [f for index, f in settled.facts().items() if "CopySlices" in settled.graph.names[index]] == [passes]
     assert fake
 
@@ -334,6 +340,26 @@ def test_a_reshape_is_the_same_with_numbers_and_without() -> None:
     report = coverage(Apply(model), torch.rand(2, 4), verify=True)
     assert not report.fake
     assert report.verified == report.reached == report.nodes == 3
+
+
+@pytest.mark.usefixtures("registry")
+def test_rounding_is_told_from_a_wrong_rule() -> None:
+    """Terms of 1e5 that cancel to 1 leave the roundings of float32, which float64 has not. A wrong rule is wrong in
+    both."""
+    x = torch.rand(2, 16) + 1
+    x = torch.cat([x, x + 1e-5 * torch.randn(2, 16)], 1)
+    weight = torch.tensor([1e5, -1e5]).repeat_interleave(16)[:, None]
+    check = coverage(Apply(lambda x: x @ weight.to(x.dtype)), x, verify=True).verification
+    assert check is not None
+    assert (check.float64, check.passed) == (True, True)
+    assert check.residual < 1e-10
+    exact = coverage(Apply(lambda x: x @ weight.to(x.dtype)), x.double(), verify=True).verification
+    assert exact is not None
+    assert (exact.float64, exact.passed) == (False, True)
+    linear_operation("CubeBackward")
+    wrong = coverage(Apply(Cube.apply), x, verify=True).verification
+    assert wrong is not None
+    assert (wrong.float64, wrong.passed) == (False, False)
 
 
 def test_one_wrong_operation_leaves_the_others_verified() -> None:

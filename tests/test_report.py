@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from dynlrp import Coverage, InputError, report
 from dynlrp.cli import app
-from dynlrp.coverage import OperationCount, Uncovered
+from dynlrp.coverage import Idle, OperationCount, Uncovered
 from dynlrp.survey import Task
 from dynlrp.verification import Balances, Unbalanced, Verification
 from tests.browser import browse, needs_browser
@@ -32,7 +33,7 @@ MUL, ADD = ("MulBackward0", "product", ("Share",)), ("AddBackward0", "addition",
 GOOD = Coverage(
     "family/good", modality="text", composite="auto", parameters=1234, nodes=10, leaves=3, reached=9, covered=10,
     operations=(OperationCount(*MUL, 4, 3, 4), OperationCount(*ADD, 6, 6, 6)), roles={"gate": 2, "self gate": 1},
-    idle={"vision_tower": 617, "pooler": 61},
+    idle=(Idle("vision_tower", 617, False), Idle("pooler", 61, True)),
     promises=5, replayed=2, delta=1, rho=0.25, seconds=0.5,
     verification=passed(MulBackward0=(3, 3), AddBackward0=(6, 6)),
 )  # fmt: skip
@@ -110,12 +111,17 @@ def test_nothing_that_is_wrong_is_hidden() -> None:
 
 def test_towers_that_take_no_part_are_told() -> None:
     """A twentieth of 1,234 parameters is 61.7: the pooler is no tower."""
-    assert report.towers(ALL) == [("family/good", "vision_tower", "50 %")]
+    assert report.towers(ALL) == [("family/good", "vision_tower", "50 %", "did not run")]
+
+
+def test_numbers_in_float64_are_told() -> None:
+    check = replace(passed(AddBackward0=(1, 1)), float64=True)
+    assert report.COLUMNS["residual"](replace(GOOD, verification=check)) == "1e-08 (float64)"
 
 
 def test_markdown() -> None:
     text = report.to_markdown(ALL)
-    assert "| family/good | vision_tower | 50 % |" in text
+    assert "| family/good | vision_tower | 50 % | did not run |" in text
     rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
     assert {len(row) for row in rows[:6]} == {len(report.COLUMNS)}
     cells = dict(zip(report.COLUMNS, (cell.strip() for cell in rows[2]), strict=True))

@@ -15,7 +15,7 @@ from torch import nn
 
 from dynlrp import zoo
 from dynlrp.report import PAPER_ROWS, towers
-from dynlrp.zoo import ZooError, examine, find
+from dynlrp.zoo import ZooError, examine, families, find
 from dynlrp.zoo.families import model_types
 
 PARAMETERS = {
@@ -205,7 +205,23 @@ def test_towers_for_images_and_sound_take_part(name: str) -> None:
     """But for the last layer, where a model reads the one before, and a tower's own head."""
     report = examine(find(f"family/{name}")[0])
     assert report.modality == "multimodal"
-    assert [path for _, path, _ in towers([report]) if ".layers." not in path and not path.endswith(".head")] == []
+    assert [path for _, path, *_ in towers([report]) if ".layers." not in path and not path.endswith(".head")] == []
+
+
+PARTLY = {"encodec": "encoder", "llama4": "language_model", "sam2_video": "vision_encoder"}
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_a_part_stands_for_what_cannot_be_explained_as_a_whole(name: str) -> None:
+    report = examine(find(f"family/{name}")[0], verify=True)
+    assert report.title == f"family/{name} ({PARTLY[name]})"
+    assert report.status == "verified"
+
+
+def test_a_head_that_is_asked_for_is_no_part() -> None:
+    config = families.small_config("mimi")
+    assert families.small(config).title == "family/mimi (encoder)"
+    assert families.small(config, transformers.MimiModel).title == ""
 
 
 def test_places_are_held_for_features() -> None:
@@ -233,7 +249,7 @@ def test_a_folder_of_a_model_that_sees(tmp_path: Path) -> None:
     assert (inputs["input_ids"] == 90).sum() == 2 * 4
     report = examine(entry, verify=True)
     assert (report.fake, report.modality, report.status) == (True, "multimodal", "verified")
-    assert [path for _, path, _ in towers([report])] == ["model.model.vision_tower.encoder.layers.2"]
+    assert [path for _, path, *_ in towers([report])] == ["model.model.vision_tower.encoder.layers.2"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "family/bert", "paper/gpt*"])

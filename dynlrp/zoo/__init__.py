@@ -139,7 +139,8 @@ def _timm() -> Iterator[Entry]:
     from_timm = _from_timm()
     if from_timm is not None:
         for name in from_timm.modules():
-            yield Entry(f"timm/{name}", partial(from_timm.smallest, name), modality=lambda: "vision")
+            build, small = partial(from_timm.smallest, name), partial(from_timm.smaller, name)
+            yield Entry(f"timm/{name}", build, small, modality=lambda: "vision")
 
 
 def _from_timm() -> Any:

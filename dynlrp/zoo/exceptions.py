@@ -21,6 +21,25 @@ def mrope(*parts: int) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(parts)}
 
 
+PPLCNET = {
+    "backbone_config.stem_channels": [3, 8, 16],
+    "backbone_config.block_configs": [
+        [[3, 16, 16, 1, True]],
+        [[3, 16, 32, 2, False]],
+        [[3, 32, 64, 2, True]],
+        [[3, 64, 64, 2, False]],
+    ],
+    "backbone_config.out_features": [f"stage{number}" for number in range(1, 5)],
+}
+DOTS3 = {
+    f"swa_{name}": value
+    for name, value in {
+        "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 16, "head_dim": 24,
+        "qk_nope_head_dim": 16, "v_head_dim": 16,
+    }.items()
+}  # fmt: skip
+SMALL_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 4, "img_size": 64}
+"""Of models of timm, where it is installed."""
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SERIES = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3], "num_time_features": 1}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
@@ -86,10 +105,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "swinv2": {"window_size": 4},
     "sam2_hiera_det_model": {"hidden_size": 12},
     "sam2_vision_model": {"backbone_config.hidden_size": 12, "backbone_channel_list": [96, 48, 24, 12]},
-    "sam2": {
-        "vision_config.backbone_config.hidden_size": 12,
-        "vision_config.backbone_channel_list": [96, 48, 24, 12],
-        "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    **{
+        n: {
+            "vision_config.backbone_config.hidden_size": 12,
+            "vision_config.backbone_channel_list": [96, 48, 24, 12],
+            "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        }
+        for n in ("sam2", "sam2_video", "edgetam_video")
     },
     "sam3_tracker": {"vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     "granite_speech5_encoder": {"context_size": 8},
@@ -112,7 +134,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
             "encoder_in_channels": [128, 256, 512],
             "decoder_in_channels": [64] * 3,
         }
-        for n in ("d_fine", "deimv2", "pp_doclayout_v3", "pp_doclayout_v4")
+        for n in ("d_fine", "deimv2", "pp_doclayout_v4")
+    },
+    "pp_doclayout_v3": {
+        "backbone_config.hidden_sizes": [32, 128, 256, 512],
+        "encoder_in_channels": [128, 256, 512],
+        "decoder_in_channels": [64] * 3,
+        "x4_feat_dim": 32,
     },
     "lw_detr": {"backbone_config.out_features": ["stage1", "stage2"], "projector_scale_factors": [1.0]},
     "rf_detr": {"backbone_config.out_features": ["stage1", "stage2"]},
@@ -203,7 +231,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "text_config.top_k_experts": 2,
         "text_config.moe_intermediate_size": 64,
     },
-    "efficientloftr": {"hidden_size": 64, "out_features": [16, 16, 32, 64], "num_attention_heads": 4},
+    "efficientloftr": {"hidden_size": 64, "out_features": [16, 16, 32, 64], "num_attention_heads": 8},
     "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
     "pocket_tts": {"flow_head_config.condition_dim": 64},
     "gradium_phonon_tts": {"flow_head_config.condition_dim": 64},
@@ -213,11 +241,143 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "xclip": {"vision_config.mit_hidden_size": 64, "vision_config.mit_intermediate_size": 128},
     "step3p7": {"text_config.sliding_window": 6},
     "timesfm": {"patch_length": 8, "horizon_length": 8, "context_length": 32},
+    "apertus1p5": {
+        "text_config.vocab_size": 512,
+        "image_token_offset": 128,
+        "vision_config.codebook_size": 128,
+        "audio_token_offset": 256,
+    },
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"], "text_config.num_experts_per_tok": 2},
+    "depth_pro": {
+        "patch_size": 64,
+        "image_model_config.patch_size": 8,
+        "patch_model_config.patch_size": 8,
+        "fov_model_config.patch_size": 8,
+        "intermediate_hook_ids": [1, 0],
+        "intermediate_feature_dims": [32, 32],
+        "scaled_images_feature_dims": [64, 64, 32],
+        "merge_padding_value": 1,
+    },
+    "dots3_note": {
+        "vision_config.adapter_in_dim": 64,
+        "audio_config.adapter_input_size": 64,
+        "audio_config.downsample_hidden_size": 16,
+        **{f"text_config.{name}": value for name, value in DOTS3.items()},
+    },
+    "dots3_note_text": DOTS3,
+    "ernie4_5_vl_moe": {"text_config.rope_parameters": mrope(3, 3, 2), "text_config.moe_k": 2},
+    "gemma3n": {
+        "text_config.num_kv_shared_layers": 0,
+        "vision_config.model_args": {"channel_multiplier": 0.125},
+    },
+    "gemma3n_vision": {"model_args": {"channel_multiplier": 0.125}},
+    "granite4_vision": {
+        "vision_config.patch_size": 8,
+        "deepstack_layer_map": [[0, 0]],
+        "spatial_target_layers": [0, 1, 0, 1],
+        "downsample_rate": "1/2",
+        "qformer_config.encoder_hidden_size": 64,
+        "image_token_index": 127,
+    },
+    "inkling_mm_model": {"vision_config.num_hidden_layers": 2},
+    **{n: {"encoder_hidden_size": 4, "quantization_dim": 128} for n in ("neucodec", "xcodec2")},
+    "xcodec": {"codebook_dim": 128},
+    "pp_ocrv6_medium_det": {
+        **PPLCNET,
+        "neck_out_channels": 64,
+        "kernel_list": [3, 2, 2],
+        "scale_factor_list": [1, 2, 4, 8],
+        "intraclass_block_config": {
+            "reduce_channel": [1, 1, 0],
+            "return_channel": [1, 1, 0],
+            **{
+                f"{name}_{ratio}ratio": [[high or size, wide or size], 1, [(high or size) // 2, (wide or size) // 2]]
+                for name, high, wide in (
+                    ("vertical_long_to_small_conv", 0, 1),
+                    ("horizontal_small_to_long_conv", 1, 0),
+                    ("symmetric_conv_long", 0, 0),
+                )
+                for ratio, size in (("long", 7), ("mid", 5), ("short", 3))
+            },
+        },
+    },
+    "pi0": {"vlm_config.text_config.num_image_tokens": 16},
+    **{n: {"backbone_config.stem_channels": DROP} for n in ("pp_ocrv6_small_rec", "pp_ocrv6_tiny_rec")},
+    "pp_ocrv6_small_det": {**PPLCNET, "layer_list_out_channels": [16, 32, 64, 64]},
+    **{
+        n: {
+            p + name: value
+            for name, value in {
+                "indexer_n_heads": 4,
+                "indexer_kv_heads": 1,
+                "indexer_head_dim": 16,
+                "indexer_budget": 8,
+                "indexer_compress_ratio": 4,
+                "ngram_vocab_size_base": 100,
+                "hc_lowrank": 16,
+            }.items()
+        }
+        for n, p in (("qwen4_exp_text", ""), ("qwen4_exp", "text_config."))
+    },
+    "uvdoc": {"backbone_config.out_features": [f"stage{number}" for number in range(1, 7)]},
+    "fast_vlm": {"vision_config.architecture": "fastvit_mci0", "vision_config.hidden_size": 1024},
+    "perception_lm": {
+        "vision_config.architecture": "vit_tiny_patch16_224",
+        "vision_config.model_args": {**SMALL_VIT, "global_pool": ""},
+    },
+    **{
+        n: {p + "architecture": "vit_pe_core_tiny_patch16_384", p + "model_args": SMALL_VIT}
+        for n, p in (
+            ("pe_video_encoder", "vision_config."),
+            ("pe_video", "video_config.vision_config."),
+            ("pe_audio_video_encoder", "video_config.vision_config."),
+            ("pe_audio_video", "audio_video_config.video_config.vision_config."),
+        )
+    },
+    "timm_backbone": {"backbone": "resnet10t"},
+    "omdet-turbo": {
+        "backbone_config.backbone": "resnet10t",
+        "backbone_config.out_indices": [2, 3, 4],
+        "apply_layernorm_after_vision_backbone": False,
+        "text_projection_in_dim": 64,
+        "text_projection_out_dim": 64,
+        "class_embed_dim": 64,
+        "encoder_in_channels": [128, 256, 512],
+    },
+    **{
+        n: {
+            p + "backbone_config.architecture": "resnet10t",
+            p + "backbone_channel_list": [256, 128, 64, 64],
+            p + "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        }
+        for n, p in (("edgetam", "vision_config."), ("edgetam_vision_model", ""))
+    },
+    "evolla": {"protein_encoder_config.max_position_embeddings": 64, "aligner_num_add_layers": 1},
 }
 CLASSES = {
+    "evolla": "EvollaModel",
     "musicgen": "MusicgenForConditionalGeneration",
     "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
 }
 """Types whose class without a head is made from another configuration than their own."""
-RANDOM = ("informer", "musicgen", "musicgen_melody", "reformer", "univnet", "vilt", "vit_mae", "vits")
+PARTS = {
+    "bark": "semantic",
+    "edgetam_video": "vision_encoder",
+    "encodec": "encoder",
+    "llama4": "language_model",
+    "mimi": "encoder",
+    "sam2_video": "vision_encoder",
+    "sam3_tracker_video": "vision_encoder",
+    "sam3_video": "detector_model",
+    "wavtokenizer": "encoder_model.encoder",
+    "wavtokenizer_encoder": "encoder",
+    "xcodec": "acoustic_encoder",
+}
+"""Types that do not run on tensors alone or cut the graph, and the module that is explained in place of the whole: what
+stands before a choice of the nearest code, which has no derivative; what a tracker sees each frame with, as the tracker
+itself takes a session; one of several models that a class without a working ``forward`` holds together."""
+RANDOM = (
+    "diffusion_gemma", "informer", "musicgen", "musicgen_melody", "reformer", "univnet", "vibevoice_acoustic_tokenizer",
+    "vilt", "vit_mae", "vits",
+)  # fmt: skip
 """Types that draw random numbers in their forward pass."""

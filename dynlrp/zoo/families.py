@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING, MODEL_MAPPING_NAMES
 
 from dynlrp.zoo.entry import Example, ZooError
-from dynlrp.zoo.exceptions import CLASSES, EXCEPTIONS, RANDOM
+from dynlrp.zoo.exceptions import CLASSES, EXCEPTIONS, PARTS, RANDOM
 from dynlrp.zoo.inputs import candidates
 from dynlrp.zoo.shrink import shrunk
 
@@ -80,7 +80,7 @@ def small(
     ``padded``: with a mask that hides a token. Where nothing is hidden, models leave their masks out; but not where
     they cannot look, as with fake tensors.
     """
-    kind = kind or model_class(config)
+    given, kind = kind, kind or model_class(config)
     with torch.device("meta"):
         large = kind(config)
     size = sum(p.numel() for p in large.parameters())
@@ -96,13 +96,16 @@ def small(
             for parameter in model.parameters():
                 if parameter.is_floating_point():
                     parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        part = "" if given else PARTS.get(config.model_type, "")
+        model = model.get_submodule(part)
         wrapped = FirstOutput(model).eval()
         inputs = fitting(wrapped, candidates(model, config))
         if padded and "input_ids" in inputs and "attention_mask" in inspect.signature(model.forward).parameters:
             mask = torch.ones_like(inputs["input_ids"])
             mask[-1, -1] = 0
             inputs = fitting(wrapped, [{**inputs, "attention_mask": mask}, inputs])
-        return Example(wrapped, inputs, config.model_type in RANDOM)
+        title = f"family/{config.model_type} ({part})" if part else ""
+        return Example(wrapped, inputs, config.model_type in RANDOM, title)
 
 
 def fitting(model: nn.Module, offers: Iterable[dict[str, Any]]) -> dict[str, Any]:

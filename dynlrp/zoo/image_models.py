@@ -11,6 +11,9 @@ from torch import nn
 
 from dynlrp.zoo.entry import Entry, Example
 
+SIDE = 224
+"""Of the images that are explained, in pixels, where a model's own are larger and it takes others."""
+
 
 def modules() -> list[str]:
     """The families: timm's modules that have models."""
@@ -36,6 +39,18 @@ def smallest(module: str) -> Example:
     """The model of a family that has the fewest parameters, with random weights."""
     name = min(timm.list_models(module=module), key=lambda name: _size(_build(name, "meta")))
     return _example(name, "cpu")._replace(title=f"{module}: {name}")
+
+
+def smaller(module: str) -> Example:
+    """The same model to be explained, which need not see a large image for that."""
+    example = smallest(module)
+    image = example.inputs[..., :SIDE, :SIDE]
+    try:
+        with torch.no_grad():
+            example.model(image)
+    except Exception:  # made for images of one size
+        return example
+    return example._replace(inputs=image)
 
 
 def _example(name: str, device: str, shape: tuple[int, ...] | None = None) -> Example:

@@ -14,12 +14,16 @@ from transformers import PretrainedConfig
 from dynlrp.zoo.placeholders import held, mixed
 from dynlrp.zoo.shrink import IMAGE, LENGTH, VOCABULARY, WIDTH, words
 
+
+def _none(config: PretrainedConfig) -> None:
+    """The main input is not given."""
+
+
 INPUTS: dict[str, dict[str, Callable[[PretrainedConfig], Any]]] = {
     "speecht5": {
         "input_values": lambda c: torch.randn(2, LENGTH, WIDTH),
         "decoder_input_values": lambda c: torch.randn(2, 7, WIDTH),
     },
-    "xcodec": {"input_values": lambda c: torch.randn(2, 1, 3200)},
     **{
         name: {"future_values": lambda c: torch.randn(2, 4), "future_time_features": lambda c: torch.randn(2, 4, 1)}
         for name in ("autoformer", "informer", "time_series_transformer")  # else the decoder does not run
@@ -55,7 +59,6 @@ INPUTS: dict[str, dict[str, Callable[[PretrainedConfig], Any]]] = {
         name: {"decoder_input_ids": lambda c: torch.randint(0, 64, (2 * c.decoder.num_codebooks, 7))}
         for name in ("musicgen", "musicgen_melody")
     },
-    "kyutai_speech_to_text": {"input_ids": lambda c: torch.randint(5, 60, (2, LENGTH, c.num_codebooks + 1))},
     "gemma4_audio": {"input_features": lambda c: torch.randn(2, 64, 128)},
     **{
         name: {
@@ -80,6 +83,68 @@ INPUTS: dict[str, dict[str, Callable[[PretrainedConfig], Any]]] = {
         name: lambda c: torch.randn(2, 3, 64, 64) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")
     },
     "muse_spark_audio": {"input_values": lambda c: torch.randn(2, 3840)},
+    "canine": {"input_ids": _none, "inputs_embeds": lambda c: torch.randn(2, LENGTH, c.hidden_size)},  # it hashes ids
+    "kyutai_speech_to_text": {"input_ids": _none, "inputs_embeds": lambda c: torch.randn(2, LENGTH, c.hidden_size)},
+    **{
+        name: {"hidden_states": lambda c: torch.randn(2, 1, 6400)}
+        for name in ("encodec", "mimi", "vibevoice_acoustic_tokenizer_encoder", "wavtokenizer", "wavtokenizer_encoder")
+    },
+    **{
+        name: {
+            "input_values": lambda c: torch.randn(2, 1, 3200),
+            "input_features": lambda c: torch.randn(2, 10, _mels(c)),
+        }
+        for name in ("neucodec", "xcodec2")
+    },
+    "xcodec": {"hidden_state": lambda c: torch.randn(2, 1, 3200)},
+    "vibevoice_acoustic_tokenizer": {"input_values": lambda c: torch.randn(2, 1, 6400)},
+    "vibevoice_acoustic_tokenizer_decoder": {"hidden_states": lambda c: torch.randn(2, c.hidden_size, 4)},
+    "omdet-turbo": {
+        **dict.fromkeys(("classes_input_ids", "tasks_input_ids"), lambda c: _ids(c, 8)),
+        **dict.fromkeys(
+            ("classes_attention_mask", "tasks_attention_mask"), lambda c: torch.ones(2, 8, dtype=torch.long)
+        ),
+        "classes_structure": lambda c: torch.tensor([1, 1]),
+    },
+    "pe_audio_video_encoder": {
+        "input_values": lambda c: torch.randn(2, 1, 3840),
+        "pixel_values_videos": lambda c: _video(c),
+    },
+    "gemma4_vision": {
+        "pixel_values": lambda c: torch.randn(2, 36, 3 * c.patch_size**2),
+        "pixel_position_ids": lambda c: torch.cartesian_prod(torch.arange(6), torch.arange(6)).expand(2, -1, -1),
+    },
+    "gemma3n_audio": {
+        "audio_mel": lambda c: torch.randn(2, 64, c.input_feat_size),
+        "audio_mel_mask": lambda c: torch.zeros(2, 64, dtype=torch.bool),
+    },
+    "inkling2_vision": {
+        "pixel_values": lambda c: torch.randn(8, *[c.patch_size * c.spatial_merge_size] * 2, c.num_channels),
+        "image_grid_thw": lambda c: torch.tensor([[1, 2, 2], [1, 2, 2]]),
+    },
+    **{
+        name: {"target_sizes": lambda c: torch.tensor([[4, 4], [4, 4]])}
+        for name in ("minicpm_ocr_vision", "minicpmv4_7_vision")
+    },
+    "muse_glimmer_assistant": {
+        "noise_embeds": lambda c: torch.randn(2, 4, c.hidden_size),
+        "context_hidden_states": lambda c: torch.randn(2, 6, c.hidden_size * len(c.target_layer_ids)),
+    },
+    "pi0": {
+        "action_embeds": lambda c: torch.randn(2, 4, c.dit_config.hidden_size),
+        "pixel_values": lambda c: _image(c).unsqueeze(1),
+        "pixel_attention_mask": lambda c: torch.ones(2, 1, dtype=torch.bool),
+    },
+    "tvp": {  # takes one at a time
+        "input_ids": lambda c: _ids(c, batch=1),
+        "pixel_values": lambda c: torch.randn(1, c.num_frames, 3, c.max_img_size, c.max_img_size),
+    },
+    "voxtral_realtime": {"input_ids": lambda c: _ids(c, 8)},
+    "evolla": {
+        "protein_input_ids": lambda c: torch.randint(5, 20, (2, 8)),
+        "protein_attention_mask": lambda c: torch.ones(2, 8, dtype=torch.long),
+    },
+    "depth_pro": {"pixel_values": lambda c: torch.randn(1, 3, 256, 256)},
     "efficientloftr": {"pixel_values": lambda c: torch.randn(1, 2, 1, 64, 64)},
 }
 """Inputs that no candidate fits."""

@@ -43,9 +43,9 @@ FEED_FORWARD = words(
 )
 DEPTHS = words(
     """
-    decoder_depth decoder_layers decoder_num_hidden_layers decoder_num_layers depth encoder_layers
-    encoder_num_hidden_layers l_layers layers memory_attention_num_layers memory_fuser_num_layers n_codes_given
-    n_layer n_layers num_blocks num_codebooks num_decoder_layers num_encoder_layers num_hidden_groups
+    conf_num_hidden_layers decoder_depth decoder_layers decoder_num_hidden_layers decoder_num_layers depth
+    encoder_layers encoder_num_hidden_layers l_layers layers memory_attention_num_layers memory_fuser_num_layers
+    n_codes_given n_layer n_layers num_blocks num_codebooks num_decoder_layers num_encoder_layers num_hidden_groups
     num_hidden_layers num_layers num_lstm_layers num_quantizers num_self_attends_per_block
     pred_num_hidden_layers r_layers speech_decoder_postnet_layers speech_encoder_layers t2u_decoder_layers
     t2u_encoder_layers x_layers
@@ -53,7 +53,7 @@ DEPTHS = words(
 )
 HEAD_COUNTS = words(
     """
-    attention_heads decoder_attention_heads decoder_num_attention_heads decoder_num_heads
+    attention_heads conf_num_attention_heads decoder_attention_heads decoder_num_attention_heads decoder_num_heads
     encoder_attention_heads encoder_num_attention_heads n_head n_heads num_attention_heads
     num_decoder_attention_heads num_encoder_attention_heads num_heads pred_num_attention_heads resampler_n_heads
     speech_encoder_attention_heads swa_num_attention_heads
@@ -111,6 +111,8 @@ FIXED = {
     "linear_value_head_dim": 16,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
     "num_queries": 10,
     "sliding_window": 6,
     "index_topk": 4,
@@ -127,6 +129,7 @@ FIXED = {
     "num_embeddings": 64,
     "upsample_initial_channel": 64,
     "unit_embed_dim": 16,
+    "num_filters": 8,
     "lang_embed_dim": 16,
     "spkr_embed_dim": 16,
     "unit_hifi_gan_vocab_size": 50,
