@@ -198,7 +198,7 @@ def _print_reports(made: Sequence[Coverage]) -> None:
     from dynlrp import report
 
     table = Table(box=None, pad_edge=False)
-    columns = report.columns_for(made)
+    columns = {name: cell for name, cell in report.columns_for(made).items() if any(map(cell, made))}
     for name in columns:
         table.add_column(name, justify="left" if name in report.TEXT else "right", overflow="fold")
     for one in made:

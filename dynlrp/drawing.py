@@ -138,6 +138,8 @@ def _box(x: float, y: float, data: dict[str, Any]) -> str:
         lines.append(_text(x, y + (15 if detail else 21), _short(label), "#ffffff", 600))
         if detail:
             lines.append(_text(x, y + 27, _short(detail, 26), "#ffffff", 400, 9))
+        if data["role"]:
+            lines.append(f'<circle cx="{x + WIDE - 10:.0f}" cy="{y + 10:.0f}" r="3.5" fill="#ffffff"/>')
     return f"<g><title>{escape(label)}{escape(': ' + detail if detail else '')}</title>{''.join(lines)}</g>"
 
 

@@ -76,8 +76,8 @@ def to_networkx(settled: Settled) -> nx.DiGraph[int]:
 def folded(graph: nx.DiGraph[int], depth: int) -> nx.DiGraph[str]:
     """The graph with all operations of a module that is nested deeper than ``depth`` as one node.
 
-    Its nodes have ``label``, ``detail``, ``class``, ``reached`` and, of modules, ``parts``: the number of operations by
-    class.
+    Its nodes have ``label``, ``detail``, ``role`` (whether it has one), ``class``, ``reached`` and, of modules,
+    ``parts``: the number of operations by class.
     """
     import networkx as nx
 
@@ -99,6 +99,7 @@ def folded(graph: nx.DiGraph[int], depth: int) -> nx.DiGraph[str]:
             name,
             label=name.removeprefix("module ") if module else _label(data["operation"]),
             detail="" if module else data["roles"] or data["rule"],
+            role=not module and bool(data["roles"]),
             parts=Counter(one["class"] for one in own) if module else {},
             reached=any(one["reached"] or one["class"] == "input" for one in own),
             **{"class": "" if module else data["class"]},

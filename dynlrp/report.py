@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from dynlrp.coverage import Coverage, Uncovered
@@ -65,8 +66,16 @@ def _residual(check: Verification) -> str:
 
 
 def columns_for(reports: Iterable[Coverage]) -> dict[str, Callable[[Coverage], str]]:
-    """The columns of a table, with the paper's figures where there are any."""
-    return {**COLUMNS, "the paper": _paper} if any(report.model in PAPER_ROWS for report in reports) else COLUMNS
+    """The columns of a table, with the paper's figures where there are any. Of a report that failed, the model and the
+    status alone are known."""
+    columns = {**COLUMNS, "the paper": _paper} if any(report.model in PAPER_ROWS for report in reports) else COLUMNS
+    return {
+        name: cell if name in ("model", "status") else partial(_unless_failed, cell) for name, cell in columns.items()
+    }
+
+
+def _unless_failed(cell: Callable[[Coverage], str], report: Coverage) -> str:
+    return "" if report.error else cell(report)
 
 
 def _paper(report: Coverage) -> str:
@@ -219,7 +228,7 @@ def to_csv(reports: Sequence[Coverage]) -> str:
         "model", "title", "modality", "status", "composite", "parameters", "nodes", "leaves", "reached", "covered",
         "verified", "promises", "replayed", "delta", "rho", "runs", "seconds", "error",
     ]  # fmt: skip
-    checked = ("residual", "gradient_seconds", "explain_seconds")
+    checked = ("residual", "float64", "gradient_seconds", "explain_seconds")
     writer.writerow([*flat, "operations", "operations_covered", "roles", "uncovered", "idle", *checked])
     for report in reports:
         check = report.verification

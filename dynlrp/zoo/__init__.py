@@ -153,7 +153,8 @@ def _from_timm() -> Any:
 
 
 def _unknown(model: str) -> str:
-    names = [] if model.startswith((".", "/", "~")) else near(model)
+    zoo, slash, _ = model.partition("/")
+    names = [] if slash and zoo not in ("paper", "family", "timm") else near(model)  # else it is a path
     suggestion = f"did you mean {', '.join(names)}? " if names else ""
     return (
         f"no model is called {model!r}: {suggestion}A model is a name that `dynlrp zoo` lists, a folder with a "
