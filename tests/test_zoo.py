@@ -316,6 +316,8 @@ def timm(monkeypatch: pytest.MonkeyPatch) -> Any:
         assert not pretrained
         model = nn.Sequential(nn.Conv2d(3, widths[name], 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
         model[3] = nn.Linear(widths[name] * 36, 3)
+        if name == "other_net":  # for images of any size
+            model[1], model[3] = nn.AdaptiveAvgPool2d(1), nn.Linear(widths[name], 3)
         model.default_cfg = {"input_size": (3, 8, 8)}  # type: ignore[assignment]
         return model
 
@@ -352,6 +354,20 @@ def test_models_of_timm() -> None:
         assert report.reached == report.verified == 4
     with pytest.raises(ZooError, match="no model is called 'huge_net'"):
         find("huge_net")
+
+
+@pytest.mark.usefixtures("timm")
+def test_large_images_are_explained_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the model takes them; its graph is that of its own size."""
+    (fixed,), (free,) = find("timm/nets"), find("timm/others")
+    assert fixed.small is not None
+    assert free.small is not None
+    from dynlrp.zoo import image_models
+
+    monkeypatch.setattr(image_models, "SIDE", 7)
+    assert [entry.build().inputs.shape[-1] for entry in (fixed, free)] == [8, 8]
+    assert (fixed.small().inputs.shape[-1], free.small().inputs.shape[-1]) == (8, 7)
+    assert examine(free, verify=True).status == "verified"
 
 
 def test_a_timm_that_cannot_be_imported_is_told_and_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
