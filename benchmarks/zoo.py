@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import resource
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -123,8 +124,8 @@ the output to the input. What is said is what the library said.
 
 
 def wrong(reports: Sequence[Coverage]) -> str:
-    """A table of all problems."""
-    found = report.problems(reports)
+    """A table of all problems; files are told without the folder that packages lie in here."""
+    found = [[re.sub(r"[^\s']*/site-packages/", "", cell) for cell in row] for row in report.problems(reports)]
     return report.table(found, report.PROBLEM) if found else "nothing."
 
 
