@@ -160,7 +160,8 @@ def answers(request: Request, buffers: Sequence[Buffer], chunk: int | None = Non
                 found = iter(ready)
         for number, explanation in found:
             if not explanation.finite():
-                request.diagnose(number)
+                with same_state(buffers, options.allow_training, request.look):
+                    request.diagnose(number)
             done.add(number)
             yield number, explanation
         if len(done) == sum(len(numbers) for _, numbers in runs):

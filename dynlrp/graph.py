@@ -25,6 +25,8 @@ FREED = "after they have already been freed"
 """What torch says of saved tensors that are gone."""
 CHANGED = "modified by an inplace operation"
 """What it says of those that were changed."""
+DEEP = 10_000
+"""Nodes of a graph that may be freed by recursion."""
 
 
 class Trait(NamedTuple):
@@ -160,6 +162,15 @@ class Graph:
     def forget(self) -> None:
         """Let nodes go as soon as nobody else holds them; no more edges can be asked for."""
         self._index.clear()
+
+    def outlast(self, root: Node) -> None:
+        """Let nodes go one after the other when their ``root`` does, in a deep graph that stays in other hands.
+
+        Once Python has seen a node, PyTorch frees it with what it uses by recursion (in 2.13), which overruns the
+        stack in chains of some 50,000.
+        """
+        if len(self.nodes) > DEEP:
+            root.metadata["dynlrp"] = [node for node in self.recorded() if node is not root]  # freed from its end
 
     def structure(self, root: Edge, sources: Iterable[Edge], **wanted: Any) -> Structure:
         """The hashable description of this graph for an explanation of ``root`` by ``sources``; for ``wanted``, see

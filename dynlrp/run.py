@@ -95,6 +95,8 @@ class Run:
         relevance is to be part of a graph. ``release``: this one is free to go."""
         node, number = get_gradient_edge(seeds[0].root)[:2]
         self.graph = Gathered(node, calls) if calls else Graph(node)
+        if not release:
+            self.graph.outlast(node)
         root = self.graph.edge(node, number)
         assert root is not None
         self.root, self.seeded = root, seeds[0].relevance

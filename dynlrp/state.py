@@ -33,7 +33,7 @@ def survey(model: Any, allow_training: bool) -> tuple[list[nn.Parameter], list[B
     buffers: list[Buffer] = []
     if not isinstance(model, nn.Module):
         return [], buffers
-    active: list[nn.Module] = []
+    active: set[nn.Module] = set()
     for module in _modules(model):
         if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
             raise CompiledModuleError(
@@ -41,17 +41,16 @@ def survey(model: Any, allow_training: bool) -> tuple[list[nn.Parameter], list[B
                 f"explain the model without compiling that part"
             )
         if not allow_training and _is_random(module):
-            active.append(module)
+            active.add(module)
         for parameter in module._parameters.values():
             if parameter is not None and not parameter.requires_grad and _is_differentiable(parameter):
                 frozen[parameter] = None
         buffers += [(module, name, buffer) for name, buffer in module._buffers.items() if buffer is not None]
     if active:
-        names = {id(module): name or "the model" for name, module in model.named_modules()}
+        places = [f"{name or 'the model'} ({type(m).__name__})" for name, m in model.named_modules() if m in active]
         raise TrainingModeError(
-            f"in training mode, or with statistics of the batch: {', '.join(names[id(m)] for m in active[:5])}"
-            f"{' ...' if len(active) > 5 else ''}. Call model.eval() before explaining, or pass allow_training=True to "
-            f"explain one random draw."
+            f"dropout or batch statistics are active in {', '.join(places[:5])}{' ...' if len(places) > 5 else ''}. Call "
+            f"model.eval() before explaining, or pass allow_training=True to explain one random draw."
         )
     return list(frozen), buffers
 

@@ -302,12 +302,15 @@ class Walk:
                     else:
                         value = cast(Tensor, grads[0])
                         for index in chain:
-                            node = nodes[index]
-                            value = node(value) if self.wide is None else cast(Tensor, self.vjp(node, [value])[0])
+                            if self.wide is None:
+                                value = nodes[index](value)
+                            else:
+                                value = cast(Tensor, self.vjp(nodes[index], [value])[0])
                             if looks:
                                 self._look(step, index, 0, value)
                         place, output = cast(Edge, step.target)
                         self._receive(place, output, value, nodes[place]._input_metadata)
+                        del value
                 except (DynLRPError, torch.OutOfMemoryError):
                     raise
                 except Exception as error:

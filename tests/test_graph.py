@@ -58,6 +58,16 @@ def test_a_chain_of_thousands_of_operations(name: str, composite: str) -> None:
     repr(explanation)
 
 
+def test_a_deep_graph_in_other_hands_can_be_let_go() -> None:
+    """PyTorch frees what Python has seen of it by recursion, which overruns the stack after some 50,000 operations."""
+    x = X.clone().requires_grad_()
+    output = chain(torch.neg, 3 * DEPTH)(x)
+    close(relevance(output, x).relevance, output.detach())
+    output.sum().backward()
+    close(x.grad, torch.ones_like(x))
+    del output
+
+
 def test_a_stack_of_twenty_thousand_modules() -> None:
     model = nn.Sequential(*[nn.ReLU() for _ in range(DEPTH)])
     explanation = explain(model, X, 1, composite=Composite.of("paths", {When(path="7"): Pass()}), layers=["5", "19999"])

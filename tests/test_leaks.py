@@ -252,6 +252,36 @@ def test_the_cache_of_plans_is_bounded_and_holds_no_tensors() -> None:
     make_plan.cache_clear()
 
 
+class Watched(torch.autograd.Function):
+    """Keeps a tensor of its own, which ``kept`` knows; ``found`` tells how many of them are there still when relevance
+    passes."""
+
+    kept: list[weakref.ref[Tensor]] = []
+    found: list[int] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        own = torch.ones_like(x)
+        ctx.save_for_backward(own)
+        Watched.kept.append(weakref.ref(own.untyped_storage()))
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        Watched.found.append(sum(own() is not None for own in Watched.kept))
+        return g
+
+
+def test_the_graph_goes_while_relevance_passes() -> None:
+    """Behind a view too, which is called as it is."""
+    linear_operation("WatchedBackward")
+    Watched.kept.clear()
+    Watched.found.clear()
+    watch = Apply(Watched.apply)
+    explain(nn.Sequential(watch, watch, watch, nn.Flatten(), nn.Linear(192, 2).double()), X, 1)
+    assert Watched.found == [3, 2, 1]
+
+
 def test_a_graph_that_exists_is_left_alone() -> None:
     """Explaining it many times keeps nothing of it alive, and frees nothing of it."""
     model, inputs, _ = sample("resnet")

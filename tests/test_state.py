@@ -125,8 +125,20 @@ def test_success_with_transformers(name: str, frozen: bool) -> None:
             explain(model, inputs, target, composite=composite)
 
 
-def nan_weights() -> nn.Module:
-    model = net()
+class Counts(nn.Module):
+    """A buffer that forward changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * 2
+
+
+def nan_weights(*middle: nn.Module) -> nn.Module:
+    model = net(*middle)
     with torch.no_grad():
         model[0].weight[0] = torch.nan
     return model
@@ -146,7 +158,8 @@ FAILURES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exceptio
     "training": (lambda: net(nn.Dropout(0.5)).train(), {}, DynLRPError),
     "functional dropout": (lambda: net(Apply(nn.functional.dropout)), {}, DynLRPError),
     "no path": (lambda: net(Apply(Tensor.detach)), {}, DynLRPError),
-    "NaN": (nan_weights, {}, DynLRPError),
+    "NaN": (lambda: nan_weights(Counts()), {}, DynLRPError),
+    "NaN in training": (lambda: nan_weights(nn.Dropout(0.5)).train(), {"allow_training": True}, DynLRPError),
     "compiled": (lambda: net(torch.compile(nn.ReLU())), {}, DynLRPError),
     "output": (net, {"output": "logits"}, DynLRPError),
 }
@@ -183,15 +196,6 @@ def test_random_numbers_of_numpy_and_python() -> None:
 
 
 def test_a_buffer_that_forward_changes_is_put_back() -> None:
-    class Counts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("calls", torch.zeros((), dtype=torch.long))
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            return x * 2
-
     model = net(Counts())
     before = model[3].calls.clone()
     explain(model, X, 1)
