@@ -197,6 +197,11 @@ def composite_named(composite: str | Composite) -> Composite:
     """A composite, looked up by name if need be."""
     if isinstance(composite, Composite):
         return composite
+    if isinstance(composite, Rule):
+        raise InputError(
+            f"{composite!r} is a rule; a composite says where it is used, as in "
+            f"Composite.of('mine', {{'convolution': {type(composite).__name__}()}})"
+        )
     try:
         return COMPOSITES[composite]
     except (KeyError, TypeError):

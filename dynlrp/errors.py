@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+from torch import Tensor
 
 
 class DynLRPError(Exception):
@@ -44,6 +48,24 @@ def described(error: BaseException) -> str:
     return f"{text} ({Path(trace[-1].filename).name}:{trace[-1].lineno})"
 
 
+@contextmanager
+def told(note: Callable[[], str]) -> Iterator[None]:
+    """Errors of a function that was given to us also tell what it was called with (from Python 3.11 on)."""
+    try:
+        yield
+    except Exception as error:
+        if sys.version_info >= (3, 11):
+            error.add_note(note())
+        raise
+
+
+def kind(value: object) -> str:
+    """What something is, in few words."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__
+
+
 class BrokenPromiseError(DynLRPError):
     """A rule needs an activation that the graph did not keep and that cannot be recomputed."""
 
@@ -69,8 +91,8 @@ class TargetError(DynLRPError):
     """The target does not fit the model's output."""
 
 
-class InputError(DynLRPError):
-    """The inputs, composite or option given cannot be used."""
+class InputError(DynLRPError, ValueError):
+    """The inputs, composite, option or numbers given cannot be used."""
 
 
 class CompiledModuleError(DynLRPError):

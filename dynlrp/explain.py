@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from dynlrp.capture import EVERYTHING
 from dynlrp.composite import Composite
 from dynlrp.condition import Condition
-from dynlrp.errors import BrokenPromiseError, InputError, NonFiniteError, NoPathError
+from dynlrp.errors import BrokenPromiseError, InputError, NonFiniteError, NoPathError, kind
 from dynlrp.explanation import Explanation
 from dynlrp.options import Names, OnUnknown, Options
 from dynlrp.request import Request
@@ -139,8 +139,12 @@ def explanations(
     """The explanations of :func:`explain_many` one by one, each with the number of its pair, as they are ready."""
     if chunk is not None and chunk < 1:
         raise InputError(f"chunk must be positive, not {chunk}")
+    everything = isinstance(targets, str) and targets == "all"
+    if not everything and (isinstance(targets, str) or not isinstance(targets, Iterable)):
+        raise InputError(f"targets is a sequence of targets, such as [3] or [None], or 'all', not {targets!r:.80}")
     frozen, buffers = survey(model, options.allow_training)
-    asked, conditions = targets if targets == "all" else list(targets), list(conditions)
+    asked: list[Target] | Literal["all"] = "all" if everything else list(targets)
+    conditions = list(conditions)
     if options.create_graph:
         _are_constants((asked, conditions))
     yield from answers(Request(model, inputs, asked, conditions, options, frozen), buffers, chunk)
@@ -221,12 +225,17 @@ def relevance(
     options = Options(composite, on_unknown=on_unknown, audit=audit, create_graph=create_graph)
     if create_graph:
         _are_constants(initial)
+    if not isinstance(output, Tensor):
+        raise InputError(f"output must be a tensor, not {kind(output)}: of a structured one, name the tensor (.logits)")
     tensors = [wrt] if isinstance(wrt, Tensor) else list(wrt)
     if not tensors or not all(isinstance(t, Tensor) for t in tensors):
         raise InputError("wrt must be a tensor or a sequence of tensors")
     for number, tensor in enumerate(tensors):
         if not tensor.requires_grad:
-            raise InputError(f"tensor {number} of wrt does not require grad, so the graph does not know it")
+            raise InputError(
+                f"tensor {number} of wrt does not require grad, so the graph does not know it: x.requires_grad_() "
+                f"before the model runs"
+            )
     if all(isinstance(t, nn.Parameter) for t in tensors):
         raise InputError("wrt holds parameters alone; name an input beside them, whose relevance they pass on")
     if initial is None:

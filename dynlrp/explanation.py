@@ -194,11 +194,17 @@ class Explanation:
         """
         from dynlrp import plot
 
-        if sample is None and len(self._entry(entry)) == 1:
+        batch = len(self._entry(entry))
+        if sample is None and batch == 1:
             sample = 0
             image, values = (v[0] if isinstance(v, Tensor) and v.ndim == 4 else v for v in (image, values))
             tokens = tokens[0] if tokens and not isinstance(tokens[0], str) else tokens
-        numbers = range(len(self._entry(entry))) if sample is None else [sample]
+        numbers = range(batch) if sample is None else [sample]
+        for option, given in (("image", image), ("tokens", tokens), ("values", values)):
+            if sample is None and given is not None and len(given) != batch:
+                raise InputError(
+                    f"{option}= holds {len(given)} entries for {batch} samples: give one for each, or name a sample="
+                )
 
         def of(given: Any, number: int) -> Any:
             return given if given is None or sample is not None else given[number]
@@ -219,7 +225,10 @@ class Explanation:
         )
 
     def _entry(self, entry: str | int | None) -> Tensor:
-        found = self.relevance if entry is None or isinstance(self.relevance, Tensor) else self.relevance[entry]
+        try:
+            found = self.relevance if entry is None or isinstance(self.relevance, Tensor) else self.relevance[entry]
+        except (KeyError, IndexError, TypeError):
+            found = None
         tensor = next((t for t in pytree.tree_leaves(found) if isinstance(t, Tensor)), None)
         if tensor is None:
             raise InputError(f"no relevance to show in {'the inputs' if entry is None else repr(entry)}")
@@ -230,7 +239,10 @@ class Explanation:
     ) -> Any:
         from dynlrp import plot
 
-        relevance = self._entry(entry)[sample].detach()
+        found = self._entry(entry)
+        if not -len(found) <= sample < len(found):
+            raise InputError(f"there is no sample {sample} in a batch of {len(found)}")
+        relevance = found[sample].detach()
         if tokens is not None:
             if relevance.ndim > 1:
                 relevance = relevance.flatten(1).sum(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from dynlrp.errors import InputError
+from dynlrp.errors import InputError, kind, told
 from dynlrp.graph import Node
 from dynlrp.run import Run
 
@@ -22,7 +22,11 @@ class Inputs:
     def __init__(self, inputs: Any, attached: bool) -> None:
         self._leaves, self._spec = pytree.tree_flatten(as_dicts(inputs))
         if not any(isinstance(leaf, Tensor) for leaf in self._leaves):
-            raise InputError("the inputs hold no tensor")
+            kinds = ", ".join(dict.fromkeys(type(leaf).__name__ for leaf in self._leaves))
+            raise InputError(
+                f"the inputs hold no tensor{kinds and ', but ' + kinds}: give arrays and lists as torch.as_tensor(x), "
+                f"and of text what its tokenizer returns with return_tensors='pt'"
+            )
         self._attached = attached
         self._copies = [_copy(leaf, attached) for leaf in self._leaves]
         # Before the model can change them in place.
@@ -72,11 +76,23 @@ def as_dicts(inputs: Any) -> Any:
 
 def call(model: Any, arguments: Any) -> Any:
     """Run a model on a tensor, on positional or on keyword arguments."""
+    with told(lambda: f"The model was called with {_described(arguments)}."):
+        if isinstance(arguments, dict):
+            return model(**arguments)
+        if isinstance(arguments, tuple | list):
+            return model(*arguments)
+        return model(arguments)
+
+
+def _described(arguments: Any) -> str:
     if isinstance(arguments, dict):
-        return model(**arguments)
+        return "keyword arguments: " + ", ".join(f"{name}, {kind(value)}" for name, value in arguments.items())
     if isinstance(arguments, tuple | list):
-        return model(*arguments)
-    return model(arguments)
+        return (
+            f"{len(arguments)} positional argument(s): {', '.join(map(kind, arguments))} (that is what a tuple or list "
+            f"holds; torch.stack makes a batch of samples)"
+        )
+    return kind(arguments)
 
 
 def _copy(leaf: Any, attached: bool) -> Any:

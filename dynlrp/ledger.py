@@ -43,6 +43,8 @@ class Ledger:
         self._weights: list[Tensor] = []
         """Sums of absolute values of what was booked as one amount."""
         self._output: Tensor = torch.zeros(())
+        self._coarse = False
+        """A model of float64 computes in a coarser dtype on the way."""
         self._path: Callable[[int], str] = lambda sequence: ""
         self.unresolved: list[tuple[str, str]] = []
         """Operations whose constants nobody kept, as (operation, module path)."""
@@ -148,8 +150,8 @@ class Ledger:
 
     @property
     def tolerance(self) -> float:
-        """How large the error may be: 1e-4, or 1e-10 for float64 models."""
-        return 1e-10 if self._output.dtype == torch.float64 else 1e-4
+        """How large the error may be: 1e-4, or 1e-10 where everything on the way is of float64."""
+        return 1e-10 if self._output.dtype == torch.float64 and not self._coarse else 1e-4
 
     @property
     def closes(self) -> bool:

@@ -42,7 +42,7 @@ class Options:
                 "precision= and create_graph=True do not go together: bring the model to that dtype instead"
             )
         self.composite = composite_named(composite)
-        self.layers, self.parameters = _names(layers), _names(parameters)
+        self.layers, self.parameters = _names("layers", layers), _names("parameters", parameters)
         self.output = output
         self.wide = None if precision is None else Wide(precision)
         self.on_unknown: OnUnknown = on_unknown
@@ -51,5 +51,8 @@ class Options:
         self.create_graph = create_graph
 
 
-def _names(names: Names) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
+def _names(option: str, names: Names) -> tuple[str, ...]:
+    found = tuple(names) if isinstance(names, Iterable) and not isinstance(names, str) else (names,)
+    if not all(isinstance(name, str) for name in found):
+        raise InputError(f"{option}= takes names or globs such as 'encoder.*', not {names!r:.80}")
+    return found

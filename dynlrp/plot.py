@@ -12,7 +12,7 @@ Arguments that several functions share:
 * ``limit``: the ``|relevance|`` that gets the full colour, instead: one scale for several pictures.
 * ``title``: a line above the picture.
 
-All of them raise ValueError where a shape is wrong or a value NaN, infinite or complex, and ImportError where
+All of them raise InputError where a shape is wrong or a value NaN, infinite or complex, and ImportError where
 an optional package is missing.
 """
 
@@ -35,6 +35,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from dynlrp.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,17 +71,17 @@ def _extra() -> Iterator[None]:
 def _array(values: Values, name: str) -> Floats:
     tensor = values.detach() if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
     if tensor.is_complex():
-        raise ValueError(f"{name} is complex: pass its real part or its magnitude")
+        raise InputError(f"{name} is complex: pass its real part or its magnitude")
     array: Floats = tensor.to("cpu", torch.float64).numpy()
     if not array.size or not np.isfinite(array).all():
-        raise ValueError(f"{name} of shape {array.shape} is empty, or holds NaN or infinite values")
+        raise InputError(f"{name} of shape {array.shape} is empty, or holds NaN or infinite values")
     return array
 
 
 def _full(relevance: Floats, quantile: float, limit: float | None) -> float:
     """Return the |relevance| that gets the full colour."""
     if not 0 < quantile <= 1 or (limit is not None and not 0 < limit < math.inf):
-        raise ValueError(f"quantile must lie in (0, 1] and limit be positive, not {quantile} and {limit}")
+        raise InputError(f"quantile must lie in (0, 1] and limit be positive, not {quantile} and {limit}")
     size = np.abs(relevance)
     # Sparse relevance has a quantile of zero, and its few values still have to be seen.
     return limit or float(np.quantile(size, quantile)) or float(size.max()) or 1.0
@@ -145,7 +147,7 @@ def _photo(image: Values) -> Floats:
     array = array[None] if array.ndim == 2 else array
     array = np.moveaxis(array, 0, -1) if array.shape[0] in (1, 3) else array
     if array.ndim != 3 or array.shape[-1] not in (1, 3):
-        raise ValueError(f"image must be (H, W), (C, H, W) or (H, W, C) with C 1 or 3, not {array.shape}")
+        raise InputError(f"image must be (H, W), (C, H, W) or (H, W, C) with C 1 or 3, not {array.shape}")
     if array.min() < 0 or array.max() > 255:
         return np.asarray((array - array.min()) / np.ptp(array))
     return array / 255 if array.max() > 1 else array
@@ -185,7 +187,7 @@ def heatmap(
     """
     array = _array(relevance, "relevance")
     if array.ndim not in (2, 3, 4) or pool < 1:
-        raise ValueError(f"relevance must be (H, W), (C, H, W) or (B, C, H, W), not {array.shape}; pool positive")
+        raise InputError(f"relevance must be (H, W), (C, H, W) or (B, C, H, W), not {array.shape}; pool positive")
     batch = array.ndim == 4
     pixels = array if array.ndim == 2 else array.sum(-3)
     for axis in (-2, -1):
@@ -193,7 +195,7 @@ def heatmap(
     maps = pixels if batch else pixels[None]
     photos = [] if image is None else [_photo(one) for one in (_array(image, "image") if batch else [image])]
     if {len(photos), len(captions)} - {0, len(maps)} or (batch and classes):
-        raise ValueError(
+        raise InputError(
             f"{len(maps)} relevance maps, but {len(photos)} images and {len(captions)} captions; "
             "classes belong to a single image"
         )
@@ -259,7 +261,7 @@ def series(
     rows = np.atleast_2d(_array(relevance, "relevance"))
     lines = None if values is None else np.atleast_2d(_array(values, "values"))
     if rows.ndim != 2 or (lines is not None and lines.shape != rows.shape):
-        raise ValueError(f"relevance must be (L,) or (C, L), not {rows.shape}, and values have its shape")
+        raise InputError(f"relevance must be (L,) or (C, L), not {rows.shape}, and values have its shape")
     full, length = _full(rows, quantile, limit), rows.shape[1]
     foot, tall = 0.85, 1.5 if len(rows) < 5 else 0.9
     figure = _figure(8, foot + len(rows) * (tall + 0.15), title)
@@ -302,7 +304,7 @@ def matrix(
     """
     array = _array(relevance, "relevance")
     if array.ndim != 2 or {len(rows), array.shape[0]} - {0, array.shape[0]} or len(columns) not in (0, array.shape[1]):
-        raise ValueError(f"relevance must be (R, C), not {array.shape}; {len(rows)} rows, {len(columns)} columns named")
+        raise InputError(f"relevance must be (R, C), not {array.shape}; {len(rows)} rows, {len(columns)} columns named")
     full = _full(array, quantile, limit)
     cell = min(0.3, max(11.0 / array.shape[1], 0.04))
     wide, tall = (max(size * cell, 2.2) for size in array.shape[::-1])
@@ -346,7 +348,7 @@ def balances(
         parts: kind -> N amounts that ended there, stacked to the right of zero, or to the left where negative.
     """
     if {len(incoming), *map(len, parts.values())} != {len(names)} or not names:
-        raise ValueError(f"{len(names)} names need as many amounts of each kind")
+        raise InputError(f"{len(names)} names need as many amounts of each kind")
     known = _array([amount or 0.0 for amount in incoming], "incoming")
     ended = {kind: _array(amounts, kind) for kind, amounts in parts.items()}
     line, foot, head = 0.24, 0.35, 0.6
@@ -401,7 +403,7 @@ def bits(
         label: what the score is.
     """
     if {len(widths), len(scores), len(low), len(high)} != {len(names)} or not names:
-        raise ValueError(f"{len(names)} names need as many bits, scores and bounds")
+        raise InputError(f"{len(names)} names need as many bits, scores and bounds")
     sizes = _array(scores, "scores")
     reach = np.abs(np.stack([sizes - _array(low, "low"), _array(high, "high") - sizes]))
     line, foot = min(0.24, max(20 / len(names), 0.012)), 0.45
@@ -463,7 +465,7 @@ class Steps:
         """The sum over all words that were made."""
         array = _array(self.relevance, "relevance")
         if array.ndim != 2 or array.shape[1] != len(self.tokens) or len(array) > len(self.tokens):
-            raise ValueError(f"{len(self.tokens)} tokens need relevance (made, {len(self.tokens)}), not {array.shape}")
+            raise InputError(f"{len(self.tokens)} tokens need relevance (made, {len(self.tokens)}), not {array.shape}")
         return Tokens(self.tokens, array.sum(0), self.title)
 
 
@@ -475,7 +477,7 @@ def _words(tokens: Sequence[str], relevance: Values, limit: float | None) -> tup
     """Return the texts as shown, their relevance and the |relevance| of the full colour."""
     array = _array(relevance, "relevance")
     if array.shape != (len(tokens),):
-        raise ValueError(f"{len(tokens)} tokens need relevance ({len(tokens)},), not {array.shape}")
+        raise InputError(f"{len(tokens)} tokens need relevance ({len(tokens)},), not {array.shape}")
     return _shown(tokens), array, _full(array, 1, limit)
 
 
@@ -631,7 +633,7 @@ def save(
         tables: more tables below the ledger; in a page only.
 
     Raises:
-        ValueError: another suffix, or no panel for a PNG.
+        InputError: another suffix, or no panel for a PNG.
     """
     path = Path(path)
     if path.suffix.lower() == ".png" and panels:
@@ -669,7 +671,7 @@ def save(
         path.write_text(text, encoding="utf-8")
     else:
         problem = "a PNG needs a panel" if path.suffix.lower() == ".png" else "the suffix must be .png or .html"
-        raise ValueError(f"cannot write {path.name!r}: {problem}")
+        raise InputError(f"cannot write {path.name!r}: {problem}")
     return path
 
 

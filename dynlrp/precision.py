@@ -45,7 +45,7 @@ class Wide:
 
     def __init__(self, dtype: torch.dtype) -> None:
         if dtype not in DTYPES:
-            raise InputError(f"precision is torch.float32 or torch.float64, not {dtype}")
+            raise InputError(f"precision is torch.float32 or torch.float64, not {dtype!r}")
         self.dtype = dtype
         self._widens = False
 

@@ -43,6 +43,7 @@ from dynlrp.walk import Walk
 aten: Any = torch.ops.aten
 functorch: Any = torch._C._functorch
 
+EXACT = torch.finfo(torch.float64).eps
 MEMORY = 2**30
 """Bytes that the multipliers of one pass over many targets may take, roughly."""
 
@@ -321,9 +322,21 @@ class Run:
         if len(self.starts) == 1:
             return 1
         self.plan = self.plan or self._settled()
-        nodes = (self.graph.nodes[index] for step in self.plan.steps for index in step.chain or (step.index,))
-        sizes = [math.prod(made.shape) * made.dtype.itemsize for node in nodes for made in node._input_metadata if made]
+        sizes = [math.prod(made.shape) * made.dtype.itemsize for made in self._made(self.plan)]
         return max(1, MEMORY // (8 * max(sizes, default=1)))
+
+    def _made(self, plan: Plan) -> Iterator[Any]:
+        """Shape and dtype of all that is made on the way, and of the sources."""
+        steps = (index for step in plan.steps for index in step.chain or (step.index,))
+        for index in (*steps, *(source.node for source in self.sources())):
+            yield from filter(None, self.graph.nodes[index]._input_metadata)
+
+    def _is_coarse(self, plan: Plan) -> bool:
+        """Whether a model of float64 computes in a coarser dtype on the way, as some do in norms."""
+        if self.values[0].dtype is not torch.float64:
+            return False
+        dtypes = {made.dtype for made in self._made(plan)}
+        return any(torch.finfo(d).eps > EXACT for d in dtypes if d.is_floating_point or d.is_complex)
 
     def _together(self, numbers: Sequence[int], check: bool) -> list[Explanation]:
         """One pass for several seeds; where an operation cannot take several at once, one pass for each."""
@@ -403,7 +416,7 @@ class Run:
         ledger = AuditedLedger() if self.options.audit else Ledger()
         promises = Promises(self.graph, plan.consumers, self.captured, self.wide, self.unlinked)
         places = Paths(self._running)
-        ledger._path = places.path
+        ledger._path, ledger._coarse = places.path, self._is_coarse(plan)
         expand = Expander(self.options.composite, self.options.on_unknown, ledger, places)
         auditor = None
         if isinstance(ledger, AuditedLedger):

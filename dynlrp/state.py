@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from dynlrp.errors import CompiledModuleError, TrainingModeError
+from dynlrp.errors import CompiledModuleError, InputError, TrainingModeError, kind
 from dynlrp.randomness import Draws, alone, sources
 
 Buffer = tuple[nn.Module, str, Tensor]
@@ -29,6 +29,9 @@ def survey(model: Any, allow_training: bool) -> tuple[list[nn.Parameter], list[B
             "this module went through torch.compile, so its graph is one opaque node: explain the original, "
             "model._orig_mod, which shares its weights"
         )
+    if not callable(model) or isinstance(model, type):
+        what = f"the class {model.__name__}, not one of its instances" if isinstance(model, type) else kind(model)
+        raise InputError(f"the model is {what}: give an nn.Module or a function of tensors")
     frozen: dict[nn.Parameter, None] = {}
     buffers: list[Buffer] = []
     if not isinstance(model, nn.Module):
@@ -49,8 +52,8 @@ def survey(model: Any, allow_training: bool) -> tuple[list[nn.Parameter], list[B
     if active:
         places = [f"{name or 'the model'} ({type(m).__name__})" for name, m in model.named_modules() if m in active]
         raise TrainingModeError(
-            f"dropout or batch statistics are active in {', '.join(places[:5])}{' ...' if len(places) > 5 else ''}. Call "
-            f"model.eval() before explaining, or pass allow_training=True to explain one random draw."
+            f"dropout or batch statistics are active in {', '.join(places[:5])}{' ...' if len(places) > 5 else ''}. "
+            f"Call model.eval() before explaining, or pass allow_training=True to explain one random draw."
         )
     return list(frozen), buffers
 

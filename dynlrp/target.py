@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynlrp.errors import NoPathError, TargetError
+from dynlrp.errors import NoPathError, TargetError, kind, told
 
 Target = Union[int, Sequence[Any], Tensor, Callable[[Tensor], Tensor], "Contrast", None]
 
@@ -85,8 +85,10 @@ def make_seed(output: Tensor, target: Target) -> Seed:
             "the output does not require grad: it was computed without a graph (torch.no_grad, detach, or a model "
             "that leaves autograd)"
         )
+    if isinstance(target, np.ndarray) and target.dtype.kind == "f":
+        target = torch.from_numpy(target)
     if callable(target):
-        with torch.enable_grad():
+        with torch.enable_grad(), told(lambda: f"The target was called with the output, {kind(output)}."):
             score = target(output)
         if not isinstance(score, Tensor) or not score.is_floating_point():
             raise TargetError("a callable target must return a floating point tensor with one number per sample")
@@ -134,14 +136,23 @@ def _chosen(output: Tensor, target: Target) -> Tensor:
     return torch.zeros_like(flat).scatter_(1, index.unsqueeze(1), 1.0)
 
 
+def _plain(target: Any) -> Any:
+    """Numbers of torch and numpy as those of Python, in a list or tuple too."""
+    if isinstance(target, Tensor | np.ndarray | np.generic):
+        return target.tolist()
+    return type(target)([_plain(t) for t in target]) if type(target) in (list, tuple) else target
+
+
 def _flat_index(target: Any, batch: int, rest: torch.Size, device: torch.device) -> Tensor:
     """One flat index per sample from an int, an int per sample, an index tuple or an index tuple per sample."""
-    if isinstance(target, Tensor | np.ndarray | np.generic):
-        target = target.tolist()
+    target = _plain(target)
     if isinstance(target, list) and any(isinstance(t, bool | float) for t in target):
         raise TargetError(f"a list of targets holds integers or index tuples, not {target[:3]}")
     if isinstance(target, bool) or not isinstance(target, int | Sequence) or isinstance(target, str):
-        raise TargetError(f"a target cannot be {type(target).__name__}")
+        raise TargetError(
+            f"a target cannot be {type(target).__name__}: give the number of an output, one per sample, an index "
+            f"tuple, a floating point tensor of the output's shape, or a function of the output"
+        )
     if isinstance(target, tuple) and len(target) == len(rest) and all(isinstance(i, int) for i in target):
         rows = [target] * batch
     elif isinstance(target, int):
@@ -154,10 +165,11 @@ def _flat_index(target: Any, batch: int, rest: torch.Size, device: torch.device)
     flat: list[int] = []
     for row in rows:
         if len(row) != len(sizes):
+            given = f"{len(row)} (relevance to start with is floating point)" if len(row) > 3 else row
             raise TargetError(
                 f"the output has shape (batch, {', '.join(map(str, rest))}): a target needs {len(sizes)} number(s) "
                 f"such as {(-1, 5) if len(sizes) == 2 else tuple(0 for _ in sizes)}, not "
-                f"{row if len(row) > 1 else row[0]}"
+                f"{row[0] if len(row) == 1 else given}"
             )
         position = 0
         for number, size in zip(row, sizes, strict=True):

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dynlrp.errors import InputError
 from dynlrp.rules.operation import (
     OUTPUT,
     Gauge,
@@ -398,7 +399,7 @@ class AlphaBeta(TermRule):
 
     def __post_init__(self) -> None:
         if self.alpha < 0 or self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-12:
-            raise ValueError(f"alpha - beta must be 1 and both nonnegative, not {self.alpha} and {self.beta}")
+            raise InputError(f"alpha - beta must be 1 and both nonnegative, not {self.alpha} and {self.beta}")
 
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
         plus, minus = each(w, lambda v: v.clamp(min=0)), each(w, lambda v: v.clamp(max=0))

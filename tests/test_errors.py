@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ from dynlrp import (
     allocate,
     errors,
     explain,
+    explain_many,
     relevance,
     rules,
     trace,
@@ -182,7 +184,17 @@ SITUATIONS: dict[str, tuple[type[DynLRPError], Callable[[], Any], Sequence[str]]
     "on_unknown": (InputError, lambda: explain(bias_free(4, 3), X, on_unknown="ignore"), ["'ignore'", "gradient"]),
     "layer": (InputError, lambda: explain(bias_free(4, 3), X, layers=["0", "1"]), ["'1'"]),
     "parameter": (InputError, lambda: explain(bias_free(4, 3), X, parameters="0.bias"), ["'0.bias'", "0.weight"]),
-    "no tensor": (InputError, lambda: explain(bias_free(4, 3), "text"), ["no tensor"]),
+    "no tensor": (InputError, lambda: explain(bias_free(4, 3), ["text"]), ["no tensor", "str", "return_tensors"]),
+    "array": (InputError, lambda: explain(bias_free(4, 3), X.numpy()), ["ndarray", "as_tensor"]),
+    "model": (InputError, lambda: explain("bert", X), ["the model is str", "nn.Module"]),
+    "class": (InputError, lambda: explain(nn.Linear, X), ["the class Linear"]),
+    "module as a layer": (InputError, lambda: explain(bias_free(4, 3), X, layers=[nn.ReLU()]), ["layers=", "ReLU"]),
+    "all parameters": (InputError, lambda: explain(bias_free(4, 3), X, parameters=True), ["parameters=", "True"]),
+    "rule as composite": (InputError, lambda: explain(bias_free(4, 3), X, composite=Gamma(0.1)), ["Composite.of"]),
+    "one target": (InputError, lambda: explain_many(bias_free(4, 3), X, 1), ["sequence", "[3]"]),
+    "targets by name": (InputError, lambda: explain_many(bias_free(4, 3), X, "cat"), ["'cat'", "'all'"]),
+    "output that is no tensor": (InputError, lambda: relevance([X], X), ["list", ".logits"]),
+    "tensor without grad": (InputError, lambda: relevance(X.clone().requires_grad_(), X), ["requires_grad_()"]),
     "compiled": (CompiledModuleError, lambda: explain(torch.compile(bias_free(4, 3)), X), ["_orig_mod"]),
     "compiled in place": (CompiledModuleError, lambda: explain(compiled_itself(), X), ["Linear", "compil"]),
     "compiled inside": (CompiledModuleError, lambda: explain(compiled_inside(), X), ["Linear", "compil"]),
@@ -324,6 +336,23 @@ def test_errors_of_the_model_pass_unchanged() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as raised:
         explain(nn.Linear(5, 3).double(), X)
     assert not isinstance(raised.value, DynLRPError)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions take no notes")
+@pytest.mark.parametrize(
+    ("inputs", "target", "parts"),
+    [
+        (X[0, :3], None, ["model was called with torch.float64 of shape (3,)"]),
+        ([X[0], X[1]], None, ["2 positional argument(s): torch.float64 of shape (4,)", "torch.stack"]),
+        ({"x": X}, None, ["keyword arguments: x, torch.float64 of shape (2, 4)"]),
+        (X, lambda y: y.logits, ["target was called with the output, torch.float64 of shape (2, 3)"]),
+    ],
+)
+def test_errors_of_what_was_given_tell_what_it_was_called_with(inputs: Any, target: Any, parts: list[str]) -> None:
+    with pytest.raises(Exception, match=r".") as raised:
+        explain(bias_free(4, 3), inputs, target)
+    assert not isinstance(raised.value, DynLRPError)
+    assert all(part in " ".join(raised.value.__notes__) for part in parts)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -323,12 +324,17 @@ TARGETS: list[tuple[Any, Any, Callable[[Tensor], Tensor]]] = [
     (FLAT, torch.tensor([3, 1], dtype=torch.int32), lambda y: y[ROWS, [3, 1]]),
     (FLAT, torch.tensor(2), lambda y: y[:, 2]),
     (FLAT, torch.tensor([[3], [1]]), lambda y: y[ROWS, [3, 1]]),
+    (FLAT, [torch.tensor(3), torch.tensor(1)], lambda y: y[ROWS, [3, 1]]),
+    (FLAT, [np.int64(3), np.int64(1)], lambda y: y[ROWS, [3, 1]]),
+    (FLAT, np.array([3, 1]), lambda y: y[ROWS, [3, 1]]),
     (FLAT, [(3,), (1,)], lambda y: y[ROWS, [3, 1]]),
     (FLAT, lambda y: y[:, 1] - y[:, 2], lambda y: y[:, 1] - y[:, 2]),
     (FLAT, lambda y: y[:, [0, 3]].sum(1, keepdim=True), lambda y: y[:, 0] + y[:, 3]),
     (grid, None, lambda y: y.flatten(1).amax(1)),
     (grid, (1, 3), lambda y: y[:, 1, 3]),
     (grid, (-1, -2), lambda y: y[:, 2, 3]),
+    (grid, (np.int64(-1), torch.tensor(3)), lambda y: y[:, 2, 3]),
+    (grid, [(torch.tensor(1), 3), (0, np.int64(2))], lambda y: y[ROWS, [1, 0], [3, 2]]),
     (grid, [(1, 3), (0, 2)], lambda y: y[ROWS, [1, 0], [3, 2]]),
     (grid, [[1, 3], [-1, 2]], lambda y: y[ROWS, [1, 2], [3, 2]]),
     (grid, torch.tensor([[1, 3], [0, 2]]), lambda y: y[ROWS, [1, 0], [3, 2]]),
@@ -390,6 +396,7 @@ WRONG_TARGETS: dict[str, tuple[Any, Any]] = {
     "an int for two dimensions": (grid, 3),
     "one index per sample for two dimensions": (grid, [1, 2]),
     "three indices": (grid, (0, 0, 0)),
+    "one-hot integers": (FLAT, torch.eye(5, dtype=torch.long)[:2]),
     "two indices for one dimension": (FLAT, [(0, 1), (0, 1)]),
     "second index too large": (grid, (0, 5)),
     "bool": (FLAT, True),

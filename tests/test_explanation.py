@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dynlrp import Explanation, explain
+from dynlrp import Explanation, InputError, explain
 from tests.conftest import bias_free, close, sample
 from tests.peers import models as peers
 
@@ -128,6 +129,30 @@ def test_promises_of_a_frozen_chain() -> None:
     assert report.internal == 2
     assert report.density == 3 / report.visited
     assert f"{report.count} promises" in repr(report)
+
+
+def test_pictures_of_a_batch_take_one_entry_per_sample(tmp_path: Path) -> None:
+    pictures = torch.rand(2, 3, 6, 6, dtype=torch.float64)
+    explanation = explain(nn.Sequential(nn.Flatten(), bias_free(108, 3)), pictures)
+    for given in (pictures, list(pictures)):
+        assert explanation.save(tmp_path / "batch.png", image=given).exists()
+    assert explanation.save(tmp_path / "one.html", image=pictures[1], sample=1).exists()
+    with pytest.raises(InputError, match="image= holds 3 entries for 2 samples"):
+        explanation.save(tmp_path / "one.png", image=pictures[0])
+
+
+def test_what_cannot_be_shown_is_named(tmp_path: Path) -> None:
+    explanation = explain(bias_free(4, 3), X)
+    with pytest.raises(InputError, match="no sample 2 in a batch of 2"):
+        explanation.plot(sample=2)
+    with pytest.raises(InputError, match=r"\.png or \.html"):
+        explanation.save(tmp_path / "x.jpg")
+    with pytest.raises(InputError, match="2 tokens need relevance"):
+        explanation.plot(tokens=["a", "b"])
+    model, inputs, _ = sample("bert")
+    for entry in ("attention_mask", "labels"):
+        with pytest.raises(InputError, match=f"no relevance to show in '{entry}'"):
+            explain(model, inputs).plot(entry=entry)
 
 
 def test_relevance_is_plain_data() -> None:

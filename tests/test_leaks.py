@@ -253,33 +253,38 @@ def test_the_cache_of_plans_is_bounded_and_holds_no_tensors() -> None:
 
 
 class Watched(torch.autograd.Function):
-    """Keeps a tensor of its own, which ``kept`` knows; ``found`` tells how many of them are there still when relevance
-    passes."""
-
-    kept: list[weakref.ref[Tensor]] = []
-    found: list[int] = []
+    """Keeps a tensor of its own, and tells how many of them are there still when relevance passes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, watch: Watch) -> Tensor:
         own = torch.ones_like(x)
         ctx.save_for_backward(own)
-        Watched.kept.append(weakref.ref(own.untyped_storage()))
+        watch.kept.append(weakref.ref(own.untyped_storage()))
+        ctx.watch = watch
         return x * 1.0
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        Watched.found.append(sum(own() is not None for own in Watched.kept))
-        return g
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        ctx.watch.found.append(sum(own() is not None for own in ctx.watch.kept))
+        return g, None
+
+
+class Watch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[weakref.ref[torch.UntypedStorage]] = []
+        self.found: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Watched.apply(x, self)
 
 
 def test_the_graph_goes_while_relevance_passes() -> None:
     """Behind a view too, which is called as it is."""
     linear_operation("WatchedBackward")
-    Watched.kept.clear()
-    Watched.found.clear()
-    watch = Apply(Watched.apply)
+    watch = Watch()
     explain(nn.Sequential(watch, watch, watch, nn.Flatten(), nn.Linear(192, 2).double()), X, 1)
-    assert Watched.found == [3, 2, 1]
+    assert watch.found == [3, 2, 1]
 
 
 def test_a_graph_that_exists_is_left_alone() -> None:

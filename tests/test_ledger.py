@@ -53,6 +53,19 @@ def test_closes_in_float64_in_a_large_net(composite: str) -> None:
     test_closes_in_float64("efficientnet", composite, False)
 
 
+def test_a_model_of_float64_that_computes_in_float32_closes_to_that() -> None:
+    """Llama's norms do, whatever the model's dtype."""
+    inputs = {"input_ids": peers.token_ids()}
+    explanation = explain(peers.llama().double(), inputs, (-1, 3))
+    assert explanation.value.dtype is torch.float64
+    assert 1e-10 < explanation.ledger.error < 1e-5
+    assert explanation.ledger.tolerance == 1e-4
+    layer = nn.Linear(4, 3).double()
+    x = torch.randn(2, 4)
+    assert explain(lambda x: layer(x.double()), x, 1).ledger.tolerance == 1e-4  # its relevance is of float32
+    assert explain(layer, x.double(), 1).ledger.tolerance == 1e-10
+
+
 _single: dict[str, Sample] = {}
 
 
