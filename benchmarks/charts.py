@@ -17,18 +17,14 @@ from benchmarks.results import CHARTS, FOLDER
 if TYPE_CHECKING:
     from benchmarks.speed import Point, Row
 
-OURS = ("#1f5fa8", "#4f8fd0", "#9cc3ea")
-OTHERS = ("#c0582b", "#e09a6b", "#7a7a7a", "#a8a8a8", "#5c8a5a", "#98b894")
-
-
-def colours(methods: Sequence[str]) -> dict[str, str]:
-    """Blue for dynlrp, other colours for others."""
-    ours = [method for method in methods if method.startswith("dynlrp")]
-    others = [method for method in methods if not method.startswith("dynlrp")]
-    return {
-        **{method: OURS[place % len(OURS)] for place, method in enumerate(ours)},
-        **{method: OTHERS[place % len(OTHERS)] for place, method in enumerate(others)},
-    }
+COLOURS = {
+    "dynlrp attnlrp": "#0b3c78", "dynlrp epsilon": "#1f5fa8", "dynlrp epsilon_plus": "#4f8fd0",
+    "dynlrp auto": "#9cc3ea", "program attnlrp": "#125c4c", "program epsilon": "#1f8a70",
+    "program epsilon_plus": "#5bb59d", "program auto": "#a3d9c9", "zennit Epsilon": "#c98a1b",
+    "zennit EpsilonPlus": "#e8bf6a", "captum LRP": "#8e5aa8", "autoLRP attnlrp": "#b8452f", "LXT AttnLRP": "#6b6b6b",
+    "forward + gradient": "#000000",
+}  # fmt: skip
+"""Blue for explain, green for programs, other colours for others."""
 
 
 def save(figure: Figure, name: str, alt: str) -> str:
@@ -42,32 +38,32 @@ def save(figure: Figure, name: str, alt: str) -> str:
 
 
 def bars(rows: Sequence[Row], value: str, label: str, name: str) -> str:
-    """A group of bars for each model in each setting, a bar for each method."""
-    rows = [row for row in rows if not row.error]
-    groups = list(dict.fromkeys((row.model, row.setting) for row in rows))
-    methods = list(dict.fromkeys(row.method for row in rows))
-    colour = colours(methods)
+    """A group of bars for each model in its first setting, a bar for each method."""
+    first: dict[str, str] = {}
+    for row in rows:
+        first.setdefault(row.model, row.setting)
+    rows = [row for row in rows if not row.error and row.setting == first[row.model]]
+    methods = [method for method in COLOURS if any(row.method == method for row in rows)]
     places, heights, hues, ticks = [], [], [], []
     position = 0.0
-    for group in groups:
+    for model in first:
         start = position
         for row in rows:
-            if (row.model, row.setting) == group:
+            if row.model == model:
                 places.append(position)
                 heights.append(getattr(row, value))
-                hues.append(colour[row.method])
+                hues.append(COLOURS[row.method])
                 position += 1
         ticks.append((start + position - 1) / 2)
         position += 1
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.16 * position))
     axes.barh(places, heights, 0.9, color=hues)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(ticks, [f"{model}\n{setting}" for model, setting in groups], fontsize=7)
-    axes.set_xscale("log")
+    axes.set_yticks(ticks, [*first], fontsize=8)
     axes.set_xlabel(label)
     axes.invert_yaxis()
     axes.legend(
-        [plt.Rectangle((0, 0), 1, 1, color=colour[method]) for method in methods], methods, fontsize=7, frameon=False,
+        [plt.Rectangle((0, 0), 1, 1, color=COLOURS[method]) for method in methods], methods, fontsize=7, frameon=False,
         bbox_to_anchor=(1.0, 1.0), loc="upper left",
     )  # fmt: skip
     axes.spines[["top", "right"]].set_visible(False)
@@ -78,13 +74,14 @@ def lines(points: Sequence[Point], axis: str, value: str, name: str) -> str:
     """A line for each method over what grows, both logarithmic."""
     points = [point for point in points if point.axis == axis]
     methods = list(dict.fromkeys(point.method for point in points))
-    colour = colours(methods)
     figure, axes = plt.subplots(figsize=(5.5, 3.5))
     for method in methods:
         line = sorted((point for point in points if point.method == method), key=lambda point: point.size)
         scale = 2**-20 if value == "bytes" else 1.0
         heights = [getattr(point, value) * scale for point in line]
-        axes.plot([point.size for point in line], heights, marker="o", markersize=3, color=colour[method], label=method)
+        axes.plot(
+            [point.size for point in line], heights, marker="o", markersize=3, color=COLOURS[method], label=method
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel(axis)
