@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -156,10 +156,13 @@ def _zennit(name: str, convolution: Rule, first: Mapping[str | When, Rule] | Non
     return Composite.of(name, {**(first or {}), "convolution": convolution, "dense": Epsilon(1e-6)})
 
 
-def epsilon_gamma_box(low: float | None = None, high: float | None = None) -> Composite:
+def epsilon_gamma_box(
+    low: float | Sequence[float] | None = None, high: float | Sequence[float] | None = None
+) -> Composite:
     """z-box on the first layer, gamma 0.25 on other convolutions, epsilon 1e-6 on dense layers.
 
-    ``low`` and ``high`` bound the inputs; None takes each sample's own minimum and maximum.
+    ``low`` and ``high`` bound the inputs, all of them or each channel's; None takes each sample's own minimum and
+    maximum.
     """
     return _zennit("epsilon_gamma_box", Gamma(0.25), {When("convolution", first=True): ZBox(low, high)})
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -425,27 +426,33 @@ class ZPlus(TermRule):
 class ZBox(TermRule):
     """R_i = sum_j (x_i w_ij - l_i w_ij^+ - h_i w_ij^-) / sum_i(...) R_j for inputs in [l, h]  (Montavon et al. 2017).
 
-    ``low`` and ``high`` are numbers; None takes each sample's own minimum and maximum. The bias cancels.
+    ``low`` and ``high`` are numbers, or one for each channel (dimension 1), as images have that were normalised per
+    channel; None takes each sample's own minimum and maximum. The bias cancels.
     """
 
-    low: float | None = None
-    high: float | None = None
+    low: float | Sequence[float] | None = None
+    high: float | Sequence[float] | None = None
 
     emits = "relevance"
+
+    def __post_init__(self) -> None:
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if isinstance(bound, Sequence | Tensor | np.ndarray):
+                object.__setattr__(self, name, tuple(map(float, bound)))  # plain data, as all of a rule
 
     def needs(self, step: StepShape) -> Sequence[Need]:
         return [Need(step.operation.math.input(step))]
 
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
         axes = tuple(range(1, x.ndim))
-        low = x.amin(axes, keepdim=True) if self.low is None else torch.full_like(x, self.low)
-        high = x.amax(axes, keepdim=True) if self.high is None else torch.full_like(x, self.high)
+        low = x.amin(axes, keepdim=True).expand_as(x) if self.low is None else _filled(x, self.low)
+        high = x.amax(axes, keepdim=True).expand_as(x) if self.high is None else _filled(x, self.high)
         return [
             Group(
                 (
                     Term(x, None, w, None),
-                    Term(-low.expand_as(x), None, each(w, lambda v: v.clamp(min=0)), None),
-                    Term(-high.expand_as(x), None, each(w, lambda v: v.clamp(max=0)), None),
+                    Term(-low, None, each(w, lambda v: v.clamp(min=0)), None),
+                    Term(-high, None, each(w, lambda v: v.clamp(max=0)), None),
                 ),
                 r,
             )
@@ -456,6 +463,13 @@ class ZBox(TermRule):
         if merged is not None:
             w = step.operation.math.scaled(step, w, merged.operation.math.affine(merged)[0])
         return w, None
+
+
+def _filled(x: Tensor, bound: float | Sequence[float]) -> Tensor:
+    """A bound for every entry of ``x``."""
+    if not isinstance(bound, Sequence):
+        return torch.full_like(x, bound)
+    return torch.tensor(bound, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 2)).expand_as(x)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dynlrp import BrokenPromiseError, Composite, When, explain
 from dynlrp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, WSquare, ZBox, ZPlus
 from tests import oracle
+from tests.conftest import close
 from tests.oracle import Affine, agrees, draw, number, same
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -111,6 +112,29 @@ def shares(case: Case, layer: oracle.Dense, x: Tensor, r: Tensor, biased: bool =
     elif isinstance(case.rule, Flat):
         options["biased"] = biased
     return case.slow(layer, x.flatten(), r.flatten(), **options)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 3, 5, 4), (2, 3)], ids=str)
+def test_bounds_per_channel(shape: tuple[int, ...]) -> None:
+    """Images that are normalised per channel have bounds of each."""
+    low, high = (-3.0, -2.5, -2.0), torch.tensor([1.0, 2.0, 3.0])
+    layer = (nn.Linear, nn.Conv1d, nn.Conv2d)[len(shape) - 2](3, 4, *[2] * (len(shape) > 2)).double()
+    x = torch.rand(shape, dtype=torch.float64) * 3 - 2
+    column = (1, 3, *[1] * (len(shape) - 2))
+    lower, upper = (torch.as_tensor(b, dtype=torch.float64).reshape(column).expand_as(x) for b in (low, high))
+    values = [v.clone().requires_grad_() for v in (x, lower, upper)]
+    terms = [
+        torch.func.functional_call(layer, {"weight": w, "bias": torch.zeros(4).double()}, v)
+        for w, v in zip((layer.weight, layer.weight.clamp(min=0), layer.weight.clamp(max=0)), values, strict=True)
+    ]
+    whole = terms[0] - terms[1] - terms[2]
+    picked = (layer(x) * (torch.arange(whole.numel()).reshape(whole.shape) % 5 == 2)).detach()
+    shares = torch.autograd.grad((whole * (picked / whole).detach()).sum(), values)
+    rule = ZBox(low, high, epsilon=0.0)
+    found = explain(nn.Sequential(layer), x, picked, composite=only(rule)).relevance
+    close(found, sum(v * s for v, s in zip(values, shares, strict=True)), 1e-12)
+    assert rule == ZBox(list(low), (1.0, 2.0, 3.0), epsilon=0.0)
+    assert hash(rule) == hash(ZBox(torch.tensor(low), high, epsilon=0.0))
 
 
 def through(case: Case, layer: Layer, x: Tensor, r: Tensor) -> Expected:
