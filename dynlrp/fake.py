@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
@@ -32,8 +33,19 @@ def faked(model: Any, inputs: Any) -> Iterator[tuple[Any, Any]]:
                 memo.update((id(t), _fake(mode, t)) for t in tensors.values() if isinstance(t, Tensor))
     with FakeCopyMode(mode):
         model = copy.deepcopy(model, memo)
-    with mode, _quiet():
+    with mode, _Grouped(), _quiet():  # type: ignore[no-untyped-call]
         yield model, pytree.tree_map(lambda leaf: _fake(mode, leaf) if isinstance(leaf, Tensor) else leaf, inputs)
+
+
+class _Grouped(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets grouped matrix products of any type through: torch knows the shape of bfloat16 ones alone, of which the
+    others are no different, as their kernels know."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default or args[0].dtype is torch.bfloat16:
+            return func(*args, **(kwargs or {}))
+        a, b, *rest = args
+        return func(a.to(torch.bfloat16), b.to(torch.bfloat16), *rest, **(kwargs or {})).to(a.dtype)
 
 
 @contextmanager
