@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -273,6 +274,30 @@ def test_the_command(tmp_path: Path) -> None:
     wrong = run("family/good", "-o", "a.pdf")
     assert (wrong.exit_code, wrong.stdout) == (2, "")
     assert "written as .md, .csv, .json, .html" in wrong.stderr
+
+
+def test_a_run_that_is_stopped_tells_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(wanted: Any, **_: Any) -> Iterator[Coverage]:
+        yield GOOD
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dynlrp.survey.tasks", lambda models, **_: [Task(model) for model in models])
+    monkeypatch.setattr("dynlrp.survey.survey", stopped)
+    result = run("family/good", "family/gaps")
+    assert result.exit_code == 1
+    assert "stopped after 1 of 2 models" in result.stderr
+    assert "1 model: 10 of 10 nodes covered" in result.stdout
+
+
+@pytest.mark.usefixtures("reports")
+def test_columns_without_anything_are_left_out() -> None:
+    """A report that failed has no numbers, and what was not asked for has no column."""
+    heads, failed, *_ = run("family/failed").stdout.splitlines()
+    assert heads.split() == ["model", "status"]
+    assert failed.split() == ["family/failed", "failed"]
+    assert "time" not in run("family/gaps").stdout.splitlines()[0].split()
+    cells = [cell.strip() for cell in report.models_table([FAILED]).splitlines()[-1].split("|")]
+    assert [cell for cell in cells if cell] == ["family/failed", "failed"]
 
 
 def test_unknown_models_on_the_command_line() -> None:
