@@ -21,8 +21,16 @@ from tests.peers import models as peers
 BITS = (2, 4, 8)
 
 
+class Padded(nn.Conv2d):
+    """Pads what it is given itself, as TensorFlow's "same" does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 2)))
+
+
 class Net(nn.Module):
-    """Convolutions in groups, a layer that runs twice, tied weights, a Conv1D, changes in place."""
+    """Convolutions in groups, one that pads in its own forward, a layer that runs twice, tied weights, a Conv1D,
+    changes in place."""
 
     inplace = True
 
@@ -31,7 +39,7 @@ class Net(nn.Module):
         from transformers.pytorch_utils import Conv1D
 
         self.stem = nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode="reflect")
-        self.deep = nn.Conv2d(4, 4, 3, groups=2)
+        self.deep = Padded(4, 4, 3, groups=2)
         self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
         self.two.weight = self.one.weight
         self.twice = Conv1D(4, 4)
@@ -239,6 +247,42 @@ def test_an_output_without_a_graph_is_refused() -> None:
         allocate(Cut(nn.Linear(3, 3)).eval(), torch.randn(2, 3), 20, score="gauss_newton")
 
 
+class Standardised(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x, self.weight / self.weight.norm(), self.bias)
+
+
+class Adapted(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("layer", [Standardised(3, 3, 1), Adapted(3, 3), Adapted(3, 3, bias=False)])
+@pytest.mark.parametrize("score", ["weight_error", "gauss_newton", "owl"])
+def test_layers_that_are_not_linear_in_their_weight_are_refused(layer: nn.Module, score: str) -> None:
+    model = nn.Sequential(layer, nn.ReLU(), nn.Linear(3, 3)).eval()
+    with pytest.raises(InputError, match=r"'0': the forward of \w+ is not linear in its weight"):
+        allocate(model, torch.randn(4, 3, 3), 20, score=score)
+    assert "0" not in allocate(model, torch.randn(4, 3, 3), 20, score=score, pinned={"0": None}).bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_no_lack_of_linearity(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Padded(3, 64, 3), nn.ReLU(), Padded(64, 5, 3), nn.Flatten()).eval().to(dtype)
+    assert allocate(model, torch.randn(2, 3, 6, 6).to(dtype), 25).bits
+
+
+@pytest.mark.parametrize("name", ["weight_error", "gauss_newton", "modelopt", "fisher"])
+def test_batches_draw_the_same_probes(name: str) -> None:
+    """Whether samples come one by one, in twos or all at once, each has the probe of its place."""
+    of = task("words", seed=3)
+    found = [raw(replace(of, calibration=replace(of.calibration, batch_size=size)), name) for size in (1, 2, len(IDS))]
+    assert float(found[0].std(0).max()) > 0
+    close(found[1], found[0], 1e-10)
+    close(found[2], found[0], 1e-10)
+
+
 # What it means for the output to change ----------------------------------------------------------------------
 
 
@@ -251,9 +295,8 @@ def test_probes_sample_the_hessian(kind: Any, positions: bool, monkeypatch: pyte
     weights = torch.tensor([[1.0, 1, 0]], dtype=torch.float64)
     divergence = Divergence(kind, (lambda inputs: weights.expand(inputs, -1)) if positions else None)
     size = z.numel()
-    monkeypatch.setattr(
-        torch, "randn", lambda *args, **options: torch.eye(size, dtype=torch.float64).reshape(size, *shape)
-    )
+    units = iter(torch.eye(size, dtype=torch.float64).reshape(size, *shape))
+    monkeypatch.setattr(torch, "randn", lambda *args, **options: next(units))
     a = divergence.probe(z.expand(size, *shape), torch.Generator(), size).flatten(1).T
 
     def between(changed: Tensor) -> Tensor:

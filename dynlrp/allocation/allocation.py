@@ -91,7 +91,7 @@ class Allocation:
             quantize_(result, config, filter_fn=None)
             return result
         for module, name, parameter in rounded(layers, {name: self.bits[name] for name in layers}, self.quantizer):
-            module._parameters[name] = parameter
+            setattr(module, name, parameter)
         return result
 
     def save(self, path: str | Path) -> Path:

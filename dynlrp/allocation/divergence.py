@@ -53,9 +53,11 @@ class Divergence:
     def probe(self, reference: Tensor, generator: torch.Generator, inputs: Any = None) -> Tensor:
         """A random vector ``v`` of the output's shape with ``E[v v^T]`` the Hessian of the divergence at its zero:
         one backward pass from it samples a gradient ``g`` with ``E[(g dw)^2] / 2`` the divergence that a small change
-        ``dw`` of weights makes (the Fisher information of the Gauss-Newton approximation, Martens 2020)."""
+        ``dw`` of weights makes (the Fisher information of the Gauss-Newton approximation, Martens 2020).
+
+        Samples draw one after the other, so that it does not matter which batches they come in."""
         y = _wide(reference.detach())
-        u = torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device)
+        u = torch.stack([torch.randn(y.shape[1:], generator=generator, dtype=y.dtype) for _ in y]).to(y.device)
         if self.kind == "softmax":
             p = y.softmax(-1)
             v = p.sqrt() * u - p * (p.sqrt() * u).sum(-1, keepdim=True)

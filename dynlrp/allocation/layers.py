@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from dynlrp.allocation.replaced import replaced
+from dynlrp.errors import InputError
 from dynlrp.names import matching
 
+LINEAR = 1e-2
+"""How far an output may be from linear in the weight, relative to its size: above what half precision rounds, and far
+below what a weight that is standardised, or not the only one, makes."""
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 REASONS = {
     nn.MultiheadAttention: "its projections are read by attention itself, so no module runs that could be quantized",
@@ -49,11 +55,43 @@ class Layer:
         return self.weight.numel()
 
     def linear(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-        """What one of the modules makes of an input with another weight and no bias."""
+        """What one of the modules makes of an input with another weight and no bias.
+
+        A class with a forward of its own, such as a convolution that pads its input first, is asked for it.
+        """
+        if has_own_forward(module):
+            bias = module._parameters.get("bias")
+            without = [] if bias is None else [(module, "bias", torch.zeros_like(bias))]
+            with replaced([(module, "weight", weight), *without]):
+                made: Tensor = module.forward(x)
+            return made
         if isinstance(module, _ConvNd):
             convolved: Tensor = module._conv_forward(x, weight, None)
             return convolved
         return x @ weight if self.output_axis else F.linear(x, weight)
+
+    def check_linear(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        """Whether ``output`` is linear in the weight, as all scores take it to be, where a class has a forward of its
+        own: one that standardises its weight, or adds what comes from elsewhere, is not.
+
+        Raises:
+            InputError: it is not.
+        """
+        if not has_own_forward(module):
+            return
+        with torch.no_grad():
+            weight = self.weight.detach()
+            once, twice = self.linear(module, x, weight), self.linear(module, x, 2 * weight)
+            bias = module._parameters.get("bias")
+            if bias is not None:
+                axis = output.ndim - 1 - (self.weight.ndim - 2 if isinstance(module, _ConvNd) else 0)
+                output = output - bias.reshape(-1, *[1] * (output.ndim - 1 - axis))
+            size = torch.linalg.vector_norm(output)
+            if max(torch.dist(once, output), torch.dist(twice, 2 * output)) > size * LINEAR:
+                raise InputError(
+                    f"layer {self.name!r}: the forward of {type(module).__name__} is not linear in its weight, so "
+                    f"what rounding does is not known; leave it out, with layers= or pinned={{{self.name!r}: None}}"
+                )
 
     def input_axis(self, ndim: int) -> int:
         """The axis that counts input channels in an input of ``ndim`` dimensions."""
@@ -120,6 +158,11 @@ def is_linear(module: nn.Module) -> bool:
 def output_axis(module: nn.Module) -> int:
     """The axis of a module's weight that counts output channels: 0, but 1 in ``Conv1D`` of transformers."""
     return int(_is_transposed(module))
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module's class does something else than the linear map or convolution that it is a subclass of."""
+    return not _is_transposed(module) and type(module).forward not in [kind.forward for kind in KINDS]
 
 
 def _is_transposed(module: nn.Module) -> bool:

@@ -50,6 +50,7 @@ def watching(layers: Mapping[str, Layer], watch: Watch) -> Iterator[None]:
                 given = args[0] if args else next(iter(kwargs.values()))
                 if not isinstance(given, Tensor) or not isinstance(output, Tensor):
                     raise InputError(f"layer {layer.name!r} does not go from one tensor to one")
+                layer.check_linear(module, given, output)
                 return watch(layer, module, given, output)
 
             for module in layer.modules.values():

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
-Replacement = tuple[nn.Module, str, nn.Parameter]
-"""A module, the name of one of its parameters, and what takes its place."""
+Replacement = tuple[nn.Module, str, Tensor]
+"""A module, the name of one of its parameters, and what takes its place: any tensor, for a while."""
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def replaced(replacements: Iterable[Replacement]) -> Iterator[None]:
     try:
         for module, name, parameter in replacements:
             kept.append((module, name, module._parameters[name]))
-            module._parameters[name] = parameter
+            module._parameters[name] = parameter  # type: ignore[assignment]
         yield
     finally:
         for module, name, own in kept:
