@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dynlrp.catalogue import operand_names
 from dynlrp.composite import Composite, When, innermost
 from dynlrp.errors import InputError
 from dynlrp.names import matching
@@ -552,12 +553,17 @@ class Recorder(TorchFunctionMode):
                 self._inner.drop(tensor.grad_fn)
 
     def values(self, nodes: Iterable[Any]) -> Iterator[tuple[Any, int, Tensor]]:
-        """Node, output number and value, in the order of the nodes."""
+        """Node, output number and value, in the order of the nodes; for an operand that is a constant, ``~`` its
+        number."""
         for node in nodes:
             for number in range(len(node._input_metadata)):
                 value = self._kept.get((node, number), self._inner.find(node, number))
                 if value is not None:
                     yield node, number, value
+            for position, (child, _) in enumerate(node.next_functions):
+                value = self._inner.constant(node, position) if child is None else None
+                if value is not None:
+                    yield node, ~position, value
 
 
 class _Inner(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -567,6 +573,10 @@ class _Inner(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._wanted, self._start = wanted, start
         self._made: dict[int, tuple[str, list[Any]]] = {}
+        self._given: dict[int, list[tuple[str, dict[str, tuple[Tensor, int]]]]] = {}
+        """By number, operations and their arguments that do not require grad, with their versions."""
+        self._constants: set[int] | None = None if isinstance(wanted, Everything) else {n for n, o in wanted if o < 0}
+        """Numbers of nodes whose arguments are wanted, None for all."""
         self._written: dict[int, Tensor] = {}
         """What a tensor held after a write into a view of it, by the number of the node that stands for the write."""
 
@@ -582,6 +592,15 @@ class _Inner(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for output, t in enumerate(pytree.tree_leaves(result))
             ]
             self._made[number] = (_bare(func.__name__.partition(".")[0]), made)
+        if number >= self._start and (self._constants is None or number - self._start in self._constants):
+            named = zip((argument.name for argument in func._schema.arguments), args, strict=False)
+            constants = {
+                name: (value, value._version)
+                for name, value in [*named, *(kwargs or {}).items()]
+                if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad
+            }
+            if constants:
+                self._given.setdefault(number, []).append((_bare(func.__name__.partition(".")[0]), constants))
         return result
 
     def drop(self, node: Any) -> None:
@@ -589,6 +608,14 @@ class _Inner(TorchDispatchMode):  # type: ignore[no-untyped-call]
         number = node._sequence_nr()
         if not self._made_by(node):
             self._made[number] = ("", [])
+
+    def constant(self, node: Any, position: int) -> Tensor | None:
+        names = operand_names(node.name())
+        for name, given in self._given.get(node._sequence_nr(), ()):
+            if position < len(names) and names[position] in given and _ran(name, node):
+                value, version = given[names[position]]
+                return value if value._version == version else None
+        return None
 
     def find(self, node: Any, number: int) -> Tensor | None:
         made = self._made_by(node)
@@ -603,7 +630,12 @@ class _Inner(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if node.name() == "torch::autograd::CopySlices":
             return [self._written.get(node._sequence_nr())]
         name, made = self._made.get(node._sequence_nr(), ("", []))
-        return made if name and _bare(node.name()).startswith(name + "backward") else []
+        return made if name and _ran(name, node) else []
+
+
+def _ran(name: str, node: Any) -> bool:
+    """Whether an operation of this name is a node's."""
+    return _bare(node.name()).startswith(name + "backward")
 
 
 def _bare(name: str) -> str:

@@ -85,6 +85,11 @@ def catalogue() -> list[Entry]:
     return [_entry(node, known.get(node, Facts())) for node in sorted({*known, *REGISTRY})]
 
 
+def operand_names(node: str) -> tuple[str, ...]:
+    """Arguments of the aten operation that ``next_functions`` of a node lead to."""
+    return _read().get(node, Facts()).operands
+
+
 @cache
 def view_nodes() -> frozenset[str]:
     """Node types of operations that return the memory of their operand."""

@@ -50,7 +50,8 @@ NO_TRAIT = Trait()
 
 
 class Edge(NamedTuple):
-    """A tensor of the graph: output ``output`` of node ``node``."""
+    """A tensor of the graph: output ``output`` of node ``node``; below 0, ``~output`` is the number of an operand that
+    autograd did not record, as it is a constant."""
 
     node: int
     output: int

@@ -214,7 +214,10 @@ class Promises:
                 stack.pop()
                 continue
             recipe = self._kept(current, False)
-            if recipe is None:
+            if recipe is None and current.output < 0:
+                recipe = Recipe(broken="autograd did not record this constant")
+                self.missing.add(current)
+            elif recipe is None:
                 operation = REGISTRY.get(self._names[current.node])
                 inputs, replay = self._operands[current.node], None if operation is None else operation.replay
                 obstacle = self._obstacle(operation, current.node)

@@ -111,23 +111,23 @@ class Request:
         """Run again for what the model does meanwhile."""
         self.forward(release=False)
 
-    def diagnose(self, number: int) -> None:
+    def diagnose(self, wanted: int) -> None:
         """Run again with every value looked at, and raise for the first that is not finite."""
         for place, leaf in enumerate(pytree.tree_leaves(as_dicts(self.inputs))):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
                 raise NonFiniteError(f"input {place} holds NaN or infinity")
         run, numbers = next(
-            pair for pair in replace(self, record=EVERYTHING).forward(release=False) if number in pair[1]
+            pair for pair in replace(self, record=EVERYTHING).forward(release=False) if wanted in pair[1]
         )
         assert run.recording is not None
-        for node, _, value in run.recorded:
+        for node, number, value in run.recorded:
             operation = REGISTRY.get(node.name())
-            if operation is not None and operation.copies:
+            if number < 0 or (operation is not None and operation.copies):
                 continue
             if bool((torch.isnan(value) | (value == torch.inf)).any()):  # scores may be masked with -inf
                 path = run.recording.path(node._sequence_nr())
                 raise NonFiniteError(f"an activation is not finite first behind {node.name()} in {path or 'the model'}")
-        place = numbers.index(number)
+        place = numbers.index(wanted)
         if not bool(torch.isfinite(run.values[place]).all()):
             raise NonFiniteError("the explained output is not finite")
         run.explain([place], check=True)

@@ -260,7 +260,7 @@ class Run:
         self.recorded = list(recorder.values(self.graph.recorded()))
         for node, number, value in self.recorded:
             edge = self.graph.edge(node, number)
-            if edge is not None and self.attached:
+            if edge is not None and self.attached and number >= 0:  # constants have no graph
                 self.unlinked[edge] = value
             elif edge is not None:
                 self.seen[edge] = (value, value._version)

@@ -89,9 +89,9 @@ class LiveStep:
         key = (index, 0)
         value = self._values.get(key)
         if value is None:
-            edge, attribute = self.plan.operands[index], self.operation.saved.get(index)
-            if self.met.get(key) and edge is not None:
-                value = self._walk.promises.take(edge)
+            attribute = self.operation.saved.get(index)
+            if self.met.get(key):
+                value = self._walk.promises.take(self._edge(index))
             elif attribute is not None:
                 value = plain(self.saved(attribute))
             else:
@@ -142,7 +142,6 @@ class LiveStep:
         if key in self.met:
             return ""
         attribute = self._result(number) if operand is None else self.operation.saved.get(operand)
-        edge = None if operand is None else self.plan.operands[operand]
         promises, own = self._walk.promises, None
         if attribute is not None:
             own = intact(self.node, attribute)
@@ -150,19 +149,21 @@ class LiveStep:
             problem = ""
         elif operand is None:
             problem = promises.settle(*self._head(number), waiter=self.plan.index)
-        elif edge is not None:
-            problem = promises.settle(edge, waiter=self.plan.index)
+        elif own is False and self.plan.operands[operand] is None:
+            problem = f"the constant that it {SINCE}"
         else:
-            problem = "autograd did not record this constant" if own is None else f"the constant that it {SINCE}"
+            problem = promises.settle(self._edge(operand), waiter=self.plan.index)
         if not problem:
             self.met[key] = not own
         return problem
 
     def settle_bias(self) -> str:
         """The bias of an absorbed batch norm, where it has one."""
-        if self.present[2]:
-            return self.settle(2)
-        return "" if self.saved("weight") is None else "its frozen bias is not in the graph"
+        return self.settle(2) if self.present[2] or self.saved("weight") is not None else ""
+
+    def _edge(self, operand: int) -> Edge:
+        edge = self.plan.operands[operand]
+        return Edge(self.plan.index, ~operand) if edge is None else edge
 
     def _result(self, number: int) -> str | None:
         """The attribute that holds an output."""
@@ -260,10 +261,11 @@ class Walk:
         if broken:
             self.forget()
             raise BrokenPromiseError(
-                "\n".join(dict.fromkeys(broken)) + "\nLet what the model adds and multiplies require grad, and write "
-                "operations out of place (x = x + 1, not x += 1); or name a composite whose rules need no activations "
-                "here ('attnlrp'). explain() of an nn.Module knows its parameters, frozen or not, and records in a "
-                "second run what no operation kept."
+                "\n".join(dict.fromkeys(broken)) + "\nA graph alone does not know its constants: explain() the model, "
+                "which records them in a second run (but not inside vmap); beside a graph of your own, let parameters "
+                "require grad and give buffers and other constants as copies that do (x.clone().requires_grad_()). "
+                "Write operations out of place (x = x + 1, not x += 1). Or name a composite whose rules need no "
+                "activations here ('attnlrp')."
             )
 
     def run(self, seed: Tensor, root: Edge, keep: Sequence[Edge]) -> dict[Edge, Tensor]:

@@ -191,8 +191,8 @@ class TermRule(Rule):
         """The share of a bias. Of a merged one, ``b0 * scale + shift``, b0 gets its own and the shift's is booked."""
         math: LinearMap = step.operation.math
         wanted = math.bias is not None and step.wants[math.bias]
-        if not wanted and step.merged is not None:
-            step.book("parameters", (part * total).sum())
+        if not wanted and (step.merged is not None or step.hidden):
+            step.book("constants" if step.merged is None else "parameters", (part * total).sum())
         if math.bias is None or not wanted:
             return
         m = _ratio(part, b) * total
@@ -209,7 +209,7 @@ class TermRule(Rule):
         """Weight and bias as they act, with a following batch norm merged in."""
         math = step.operation.math
         w, b = _weight(step), None
-        if self.bias and math.bias is not None and step.present[math.bias]:
+        if self.bias and math.bias is not None and (step.present[math.bias] or step.hidden):
             b, factor = step.operand(math.bias), math.bias_factor(step)
             b = b if factor == 1 else b * factor
         if step.merged is not None:

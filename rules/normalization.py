@@ -192,7 +192,8 @@ class BatchNorm(PerChannel):
         """Scale and shift of the equivalent affine map per channel."""
         mean, scale = self._mean_and_scale(step)
         shift = -mean * scale
-        return scale, shift + step.operand(2) if step.present[2] else shift
+        biased = step.present[2] or step.saved("weight") is not None
+        return scale, shift + step.operand(2) if biased else shift
 
     def backward(self, step: Any, g: Tensor, total: Tensor | None) -> Tensor:
         mean, scale = self._mean_and_scale(step)

@@ -131,19 +131,21 @@ def test_functional_call_with_other_weights(composite: str) -> None:
 
 
 def test_functional_call_with_weights_that_are_constants() -> None:
-    """Nothing tells that they are parameters: their biases are constants, and a rule that needs one says so."""
+    """Nothing tells that they are parameters: their biases are constants, which a second run records."""
     model = Net()
     weights = {name: p.detach() for name, p in model.named_parameters()}
 
     def function(x: Tensor) -> Tensor:
         return functional_call(model, weights, (x,))  # type: ignore[no-any-return]
 
-    found, expected = explain(function, X, 1, composite="attnlrp"), plain("attnlrp")
-    close(found.relevance, expected.relevance)
-    assert found.ledger.closes
-    assert found.ledger.accounts["constants"] == pytest.approx(expected.ledger.accounts["parameters"])
-    with pytest.raises(BrokenPromiseError, match="Let what the model adds and multiplies require grad"):
-        explain(function, X, 1, composite="epsilon_plus")
+    for composite in ("attnlrp", "auto", "epsilon_plus", "epsilon_alpha2_beta1"):
+        found, expected = explain(function, X, 1, composite=composite), plain(composite)
+        close(found.relevance, expected.relevance)
+        assert found.ledger.closes
+        assert found.ledger.accounts["constants"] == pytest.approx(expected.ledger.accounts["parameters"])
+    x = X.clone().requires_grad_()
+    with pytest.raises(BrokenPromiseError, match=r"give buffers and other constants as copies that do"):
+        relevance(function(x)[:, 1], x, composite="epsilon_plus")
 
 
 def test_vmap() -> None:
