@@ -67,9 +67,10 @@ def test_a_recorder_knows_which_nodes_it_did_not_see_made() -> None:
     nothing, x = torch.zeros_like(X), X.clone().requires_grad_().clone()
     with Recorder() as recorder:
         y = nothing.clone() + x
-    found = {node.name(): value for node, _, value in recorder.values([x.grad_fn, y.grad_fn])}
-    assert torch.equal(found["CloneBackward0"], X)
-    assert torch.equal(found["AddBackward0"], X)
+    found = {(node.name(), number): value for node, number, value in recorder.values([x.grad_fn, y.grad_fn])}
+    assert torch.equal(found["CloneBackward0", 0], X)
+    assert torch.equal(found["AddBackward0", 0], X)
+    assert torch.equal(found["AddBackward0", ~0], nothing)  # the constant operand
 
 
 def test_hooks_live_as_long_as_the_forward_pass() -> None:
