@@ -76,7 +76,7 @@ def as_dicts(inputs: Any) -> Any:
 
 def call(model: Any, arguments: Any) -> Any:
     """Run a model on a tensor, on positional or on keyword arguments."""
-    with told(lambda: f"The model was called with {_described(arguments)}."):
+    with told(lambda: f"The model was called with {described(arguments)}."):
         if isinstance(arguments, dict):
             return model(**arguments)
         if isinstance(arguments, tuple | list):
@@ -84,7 +84,7 @@ def call(model: Any, arguments: Any) -> Any:
         return model(arguments)
 
 
-def _described(arguments: Any) -> str:
+def described(arguments: Any) -> str:
     if isinstance(arguments, dict):
         return "keyword arguments: " + ", ".join(f"{name}, {kind(value)}" for name, value in arguments.items())
     if isinstance(arguments, tuple | list):

@@ -25,7 +25,7 @@ from dynlrp.condition import Condition
 from dynlrp.errors import DynLRPError, InputError, NonFiniteError, TraceError
 from dynlrp.explain import answers
 from dynlrp.explanation import Explanation
-from dynlrp.inputs import as_dicts
+from dynlrp.inputs import as_dicts, described
 from dynlrp.options import Names, OnUnknown, Options
 from dynlrp.request import Request
 from dynlrp.state import Buffer, same_state, survey
@@ -90,6 +90,7 @@ class Program:
         the amounts of the ledger."""
         self._function: Callable[..., Sequence[Tensor]] = module
         self._template = template.filled([torch.empty(0)] * len(template.everything()))
+        self._described = described(as_dicts(inputs))
         leaves, self._spec = pytree.tree_flatten(as_dicts(inputs))
         self._leaves = [Like.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._explain = again
@@ -127,19 +128,28 @@ class Program:
         self._function, self._compiled = torch.compile(self.module, fullgraph=True, dynamic=False, **options), True
         return self
 
+    def _unfit(self, place: int, given: Any) -> InputError:
+        traced, found = ("nothing (None)" if one is None else one for one in (self._leaves[place], given))
+        return InputError(
+            f"the program was traced for {traced} as input {place} and was given {found}: trace another for that"
+        )
+
     def _tensors(self, inputs: Any) -> list[Tensor]:
         leaves, spec = pytree.tree_flatten(as_dicts(inputs))
         if spec != self._spec:
-            raise InputError(f"the program was traced for inputs {self._spec}, not {spec}")
+            raise InputError(
+                f"the program was traced for other inputs, {self._described}. It was given "
+                f"{described(as_dicts(inputs))}"
+            )
         tensors = []
         for place, (leaf, like) in enumerate(zip(leaves, self._leaves, strict=True)):
             given = Like.of(leaf) if isinstance(leaf, Tensor) else leaf
             if not isinstance(like, Like) or not isinstance(given, Like):
                 if given is not like and given != like:
-                    raise InputError(f"the program was traced for {like} as input {place}, not {given}")
+                    raise self._unfit(place, given)
                 continue
             if given[:3] != like[:3]:
-                raise InputError(f"the program was traced for {like} as input {place}, not {given}: trace another")
+                raise self._unfit(place, given)
             if given.stride != like.stride:
                 leaf = leaf.new_empty_strided(like.shape, like.stride).copy_(leaf)
             tensors.append(leaf.detach())
