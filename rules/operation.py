@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -303,7 +304,7 @@ def letter(operands: str, index: int) -> str:
     return operands[min(index, len(operands) - 1)] if operands else "+"
 
 
-class Registry(dict[str, Operation]):
+class Registry(UserDict[str, Operation]):
     """Operations by exact node name. ``version`` changes with every entry, so that plans know when they are old."""
 
     version = 0
