@@ -10,11 +10,13 @@ from dynlrp.allocation.budget import Budget
 from dynlrp.allocation.calibration import Calibration
 from dynlrp.allocation.divergence import Divergence
 from dynlrp.allocation.layers import Layer, find_layers, left_out
+from dynlrp.allocation.operands import Activations, allocate_activations
 from dynlrp.allocation.quantizer import Quantizer, quantized
 from dynlrp.allocation.scores import SCORES, Score, Scores, Task, measure, score
 
 __all__ = [
     "SCORES",
+    "Activations",
     "Allocation",
     "Budget",
     "Calibration",
@@ -26,6 +28,7 @@ __all__ = [
     "Scores",
     "Task",
     "allocate",
+    "allocate_activations",
     "find_layers",
     "left_out",
     "measure",
