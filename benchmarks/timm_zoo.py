@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--keep", type=Path, default=Path("out/timm.jsonl"))
     options = parser.parse_args()
-    text = page(zoo.surveyed(["timm/*"], options.keep, 12, processes=options.jobs, timeout=300, make=report_on))
+    text = page(zoo.surveyed(["timm/*"], options.keep, memory=12, processes=options.jobs, timeout=300, make=report_on))
     if options.write:
         (zoo.PAGES / "timm.md").write_text(text, "utf-8")
     else:

@@ -108,11 +108,9 @@ def verification(model: Callable[..., Any], inputs: Any, target: Target = None, 
         gradient_seconds=gradient_seconds,
         explain_seconds=explain_seconds,
     )
-    return (
-        found
-        if found.passed or explanation.value.dtype is torch.float64
-        else _sharper(found, model, inputs, target, options)
-    )
+    if not found.passed and explanation.value.dtype is not torch.float64:
+        found = _sharper(found, model, inputs, target, options)
+    return found
 
 
 def _sharper(

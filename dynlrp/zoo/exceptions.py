@@ -366,6 +366,7 @@ PARTS = {
     "encodec": "encoder",
     "llama4": "language_model",
     "mimi": "encoder",
+    "pe_audio_video": "audio_video_encoder",
     "sam2_video": "vision_encoder",
     "sam3_tracker_video": "vision_encoder",
     "sam3_video": "detector_model",

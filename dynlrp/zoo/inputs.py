@@ -106,9 +106,9 @@ INPUTS: dict[str, dict[str, Callable[[PretrainedConfig], Any]]] = {
         ),
         "classes_structure": lambda c: torch.tensor([1, 1]),
     },
-    "pe_audio_video_encoder": {
-        "input_values": lambda c: torch.randn(2, 1, 3840),
-        "pixel_values_videos": lambda c: _video(c),
+    **{
+        name: {"input_values": lambda c: torch.randn(2, 1, 3840), "pixel_values_videos": lambda c: _video(c)}
+        for name in ("pe_audio_video", "pe_audio_video_encoder")
     },
     "gemma4_vision": {
         "pixel_values": lambda c: torch.randn(2, 36, 3 * c.patch_size**2),
