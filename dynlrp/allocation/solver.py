@@ -53,6 +53,9 @@ def solve(
 ) -> Solution:
     """The cheapest choice within all limits, by mixed-integer linear programming (HiGHS, through scipy).
 
+    HiGHS may print a line that begins with ``HighsMipSolverData`` where it repairs a solution; no option of its keeps it
+    from that.
+
     Args:
         cost: of every item and candidate, finite where allowed.
         allowed: which candidates an item may get; all by default.
