@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynlrp import Budget, BudgetError, InputError, relevance
-from dynlrp.allocation import Divergence, allocate_activations, find_layers
+from dynlrp.allocation import Activations, Divergence, allocate_activations, find_layers
 from dynlrp.allocation.products import multiplied
 from tests.conftest import close
 from tests.oracle import draw
@@ -244,6 +245,15 @@ def test_what_cannot_be_reached_is_refused() -> None:
         whole = nn.Sequential(nn.Linear(8, 8), model).eval()
         with pytest.raises(InputError, match=f"inside {name}"):
             allocate_activations(whole, X.float())
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    found = allocate_activations(Net(), X, 5, BITS)
+    path = found.save(tmp_path / "bits.json")
+    assert Activations.load(path) == found
+    path.write_text('{"bits": {}}')
+    with pytest.raises(InputError, match="does not hold what"):
+        Activations.load(path)
 
 
 def test_errors() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -74,6 +76,25 @@ class Activations:
     bitops: float
     """Of one sample: multiply-accumulates times the bits of both factors."""
     layers: tuple[str, ...]
+    """Those that took part."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything as JSON; returns the path."""
+        path = Path(path)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Activations:
+        """Read what :meth:`save` wrote."""
+        try:
+            data = json.loads(Path(path).read_text("utf-8"))
+            data["ranges"] = {name: Range(**ends) for name, ends in data["ranges"].items()}
+            costs = data["costs"].items()
+            data["costs"] = {name: {int(bits): cost for bits, cost in each.items()} for name, each in costs}
+            return cls(**{**data, "layers": tuple(data["layers"])})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} does not hold what save() wrote of activations: {error}") from error
 
     @contextmanager
     def simulated(self, model: nn.Module) -> Iterator[nn.Module]:

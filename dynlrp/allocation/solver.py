@@ -53,8 +53,8 @@ def solve(
 ) -> Solution:
     """The cheapest choice within all limits, by mixed-integer linear programming (HiGHS, through scipy).
 
-    HiGHS may print a line that begins with ``HighsMipSolverData`` where it repairs a solution; no option of its keeps it
-    from that.
+    HiGHS may print a line that begins with ``HighsMipSolverData`` where it repairs a solution; it has no option
+    against that.
 
     Args:
         cost: of every item and candidate, finite where allowed.
