@@ -463,15 +463,6 @@ def crops(images: list[Tensor], each: int, size: int, seed: int) -> Tensor:
 def lite0() -> Subject:
     """EfficientNet-Lite0; every second photo to calibrate on, the others to evaluate; crops of 128 pixels."""
     model, _ = load_classifier()
-    for name, conv in list(model.named_modules()):
-        if isinstance(conv, nn.Conv2d) and hasattr(conv, "static_padding"):  # a convolution that pads on its own
-            plain = nn.Conv2d(
-                conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, 0, conv.dilation, conv.groups,
-                conv.bias is not None,
-            )  # fmt: skip
-            plain.load_state_dict(conv.state_dict())
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, nn.Sequential(conv.static_padding, plain))
     images = photos()
     pool, held = crops(images[::2], 8, 128, 1), crops(images[1::2], 4, 128, 2)
     with torch.no_grad():
