@@ -11,13 +11,13 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.graph import get_gradient_edge
 
-from dynlrp.capture import Recorder
 from dynlrp.composite import Composite, innermost
 from dynlrp.errors import BrokenPromiseError, NoPathError, RuleError, UnknownOperationError
 from dynlrp.graph import Edge, Graph, Structure
 from dynlrp.ledger import Ledger
 from dynlrp.plan import Kind, Plan, UnknownNodes, make_plan
 from dynlrp.promise import Promises, plain
+from dynlrp.recorder import Recorder
 from dynlrp.rules.operation import REGISTRY, Grads, Replay, divide, dot
 from dynlrp.walk import LiveStep, Walk
 

@@ -12,12 +12,12 @@ from torch._guards import active_fake_mode
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from dynlrp.capture import EVERYTHING
 from dynlrp.composite import Composite
 from dynlrp.condition import Condition
 from dynlrp.errors import BrokenPromiseError, InputError, NonFiniteError, NoPathError, kind
 from dynlrp.explanation import Explanation
 from dynlrp.options import Names, OnUnknown, Options
+from dynlrp.recorder import EVERYTHING
 from dynlrp.request import Request
 from dynlrp.run import Run, Settled
 from dynlrp.state import Buffer, same_state, survey

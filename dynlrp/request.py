@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dynlrp.capture import EVERYTHING, Aliases, Recorder, Recording, Wanted
+from dynlrp.aliases import Aliases
+from dynlrp.capture import Recording
 from dynlrp.condition import Condition
 from dynlrp.errors import InputError, NonFiniteError, TargetError
 from dynlrp.inputs import Inputs, as_dicts, call
 from dynlrp.names import matching
 from dynlrp.options import Options
 from dynlrp.places import ATTENTION, parse
+from dynlrp.recorder import EVERYTHING, Recorder, Wanted
 from dynlrp.rules.operation import REGISTRY
 from dynlrp.run import Run
 from dynlrp.target import Seed, Target, all_targets, find_output, make_seed

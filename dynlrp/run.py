@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from dynlrp.aliases import Aliases
 from dynlrp.auditor import AuditedLedger, Auditor
-from dynlrp.capture import Aliases, Call, Kept, Recorder, Recording, Shared, Wanted
+from dynlrp.capture import Call, Kept, Recording, Shared
 from dynlrp.catalogue import view_nodes
 from dynlrp.composite import innermost
 from dynlrp.condition import Condition, channel_axis, mask
@@ -34,6 +35,7 @@ from dynlrp.options import Options
 from dynlrp.places import Tap, attention, parse
 from dynlrp.plan import Plan, StepPlan, UnknownNodes, make_plan
 from dynlrp.promise import Promises, is_changed
+from dynlrp.recorder import Recorder, Wanted
 from dynlrp.rows import Rows, find_rows
 from dynlrp.rules.operation import REGISTRY, product
 from dynlrp.submodule import Gathered

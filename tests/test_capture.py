@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from dynlrp import COMPOSITES, Composite, When, explain
-from dynlrp.capture import Recorder, Recording
+from dynlrp.capture import Recording
+from dynlrp.recorder import Recorder
 from dynlrp.rules import Flat
 from tests.conftest import close, same
 from tests.peers import models as peers

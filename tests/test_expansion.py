@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynlrp import BrokenPromiseError, Composite, InputError, RuleError, UnknownOperationError, explain, relevance
-from dynlrp.capture import Recorder
+from dynlrp.recorder import Recorder
 from dynlrp.rules import REGISTRY, Expand, Operation, expand, linear_operation
 from dynlrp.rules.operation import blocked
 from tests.conftest import Opaque, close, same

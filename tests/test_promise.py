@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dynlrp import BrokenPromiseError, Composite, FreedGraphError, When, explain, relevance
-from dynlrp.capture import Recorder
+from dynlrp.recorder import Recorder
 from dynlrp.rules import AlphaBeta, Epsilon, Gamma, Magnitude, Need, Operation, Rule, WSquare, ZBox, ZPlus, register
 from dynlrp.rules.operation import OUTPUT, Grads, Step, StepShape
 from tests.conftest import Apply, Opaque
