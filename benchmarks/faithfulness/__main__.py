@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.charts import OTHERS, OURS, save
+from benchmarks.charts import save
 from benchmarks.faithfulness.cache import kept
 from benchmarks.faithfulness.candidates import FAMILIES
 from benchmarks.faithfulness.faces import faces
@@ -185,7 +185,7 @@ def chart(results: list[Result]) -> str:
         names = sorted(result.numbers, key=result.mean)
         for height, name in enumerate(names):
             own = bootstrap(result.main(name))
-            colour = OTHERS[0] if name == "auto" else OURS[0] if name in result.composites else OTHERS[2]
+            colour = "#c0582b" if name == "auto" else "#1f5fa8" if name in result.composites else "#7a7a7a"
             axis.plot([own.low, own.high], [height, height], color=colour, linewidth=2)
             axis.plot([own.mean], [height], "o", color=colour, markersize=4)
         axis.set_yticks(range(len(names)), names, fontsize=6)
