@@ -173,7 +173,8 @@ COMPOSITES: dict[str, Composite] = {
     composite.name: composite
     for composite in (
         # Operations' own rules are AttnLRP's: epsilon -> 0 on linear layers, equal shares, softmax by its VJP.
-        Composite.of("auto", {"convolution": Gamma(0.25)}),
+        # Gamma 1 is what most networks choose for one that is left out (benchmarks/faithfulness).
+        Composite.of("auto", {"convolution": Gamma(1.0)}),
         Composite("attnlrp"),
         Composite("epsilon"),
         Composite.of(

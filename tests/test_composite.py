@@ -164,7 +164,7 @@ def test_epsilon_is_attnlrp_and_auto_differs_on_convolutions_alone() -> None:
         same(explain(model, inputs, target, composite="epsilon"), reference)
         same(explain(model, inputs, target), reference)
     model, inputs, _ = sample("resnet")
-    gamma = Composite.of("gamma", {"convolution": Gamma(0.25)})
+    gamma = Composite.of("gamma", {"convolution": Gamma(1.0)})
     same(explain(model, inputs, 1), explain(model, inputs, 1, composite=gamma))
     assert not torch.allclose(
         explain(model, inputs, 1).relevance, explain(model, inputs, 1, composite="attnlrp").relevance

@@ -75,9 +75,7 @@ def test_the_variants_of_auto_are_of_the_auto_that_there_is():
 def results(**networks: dict[str, list[float]]):
     """A result for each network from the methods' numbers."""
     pytest.importorskip("matplotlib")
-    pytest.importorskip("rich")
-    pytest.importorskip("transformers")
-    from benchmarks.faithfulness.__main__ import Result
+    from benchmarks.faithfulness.report import Result
 
     return [
         Result(
@@ -95,14 +93,14 @@ def test_the_other_networks_choose_for_the_one_that_is_left_out():
         b={"auto": [10.0, 30.0], "other": [40.0, 40.0], "third": [10.0, 10.0], "random": [0.0, 0.0]},
         c={"auto": [3.0, 3.0], "other": [2.0, 2.0], "third": [2.5, 2.5], "random": [1.0, 1.0]},
     )
-    from benchmarks.faithfulness import __main__ as benchmark
+    from benchmarks.faithfulness import report
 
     a, b, c = found
     assert b.points("auto") == pytest.approx(0.5)
     assert c.points("other") == pytest.approx(0.5)  # chance counts as 0
-    assert benchmark.ranking([a, b]) == pytest.approx({"other": 1.0, "third": 0.625, "auto": 0.5})
-    assert list(benchmark.ranking([b, c])) == ["auto", "other", "third"]
-    text = benchmark.choice(found)
+    assert report.ranking([a, b]) == pytest.approx({"other": 1.0, "third": 0.625, "auto": 0.5})
+    assert list(report.ranking([b, c])) == ["auto", "other", "third"]
+    text = report.choice(found)
     assert "| a | auto | test | 1.000 | 1.000 |  |" in text
     assert "| c | other | test | 2.000 | 3.000 | -1.000 [-1.000, -1.000] |" in text
     assert b.versus("third", "auto") == "-10.000 [-20.000, +0.000]"
@@ -110,9 +108,9 @@ def test_the_other_networks_choose_for_the_one_that_is_left_out():
 
 def test_tables_have_the_best_first_beside_auto():
     (result,) = results(a={"auto": [1.0, 1.0], "other": [2.0, 2.0], "third": [0.0, 0.0], "random": [0.0, 0.5]})
-    from benchmarks.faithfulness import __main__ as benchmark
+    from benchmarks.faithfulness import report
 
-    lines = benchmark.text_of(result).splitlines()
+    lines = report.text_of(result).splitlines()
     assert lines[-4] == "| other | 2.000 [2.000, 2.000] | +1.000 [+1.000, +1.000] |"
     assert lines[-3] == "| **auto** | 1.000 [1.000, 1.000] |  |"
     assert lines[-2].startswith("| random | 0.250 [0.000, 0.500] | -0.750 [-1.000, -0.500] |")

@@ -39,6 +39,20 @@ def test_readme_lists_every_composite() -> None:
     assert rows == list(COMPOSITES)
 
 
+def test_numbers_of_faithfulness_are_those_of_the_results() -> None:
+    part = (ROOT / "README.md").read_text("utf-8").split("## How good the maps are\n")[1].split("\n## ")[0]
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text("utf-8")
+    header, _, *rows = [[cell.strip() for cell in line[2:-2].split(" | ")] for line in part.splitlines() if "|" in line]
+    assert rows
+    for problem, measure, *numbers in rows:
+        lines = results.split(f"### {problem}\n")[1].split("\n### ")[0].split("\n## ")[0].splitlines()
+        assert any(line.startswith(f"| method | {measure} |") for line in lines)
+        for method, number in zip(header[2:], numbers, strict=True):
+            name = "**auto**" if method == "`auto`" else method.strip("`")
+            found = [line.split(" | ")[1].split(" [")[0] for line in lines if line.startswith(f"| {name} |")]
+            assert found == ([number] if number else []), (problem, method)
+
+
 def test_links_of_the_readme_lead_somewhere() -> None:
     prose = BLOCK.sub("", (ROOT / "README.md").read_text("utf-8"))
     links = re.findall(r"\]\((?!http)([^)]+)\)", prose)

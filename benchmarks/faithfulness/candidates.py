@@ -9,7 +9,7 @@ Rules = dict[str | When, Rule]
 FIRST = When("convolution", first=True)
 COEFFICIENTS: Rules = {When("softmax", role="attention"): Hold(), "attention": Attention(scores=0.0)}
 """Attention weights as coefficients, as in CP-LRP; gates in equal shares."""
-AUTO: Rules = {"convolution": Gamma(0.25)}
+AUTO: Rules = {"convolution": Gamma(1.0)}
 
 
 def _all(built_in: tuple[str, ...], rules: dict[str, Rules]) -> dict[str, Composite]:

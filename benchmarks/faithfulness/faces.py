@@ -13,7 +13,7 @@ SIDE, PATCH, STEPS = 48, 4, 6
 
 
 class ONet(nn.Module):
-    """Log-odds of *face*; the branches for boxes and landmarks are left out."""
+    """Log-odds of *other* and of *face*; the branches for boxes and landmarks are left out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,12 +24,11 @@ class ONet(nn.Module):
         self.dense5, self.prelu5, self.dense6_1 = nn.Linear(1152, 256), nn.PReLU(256), nn.Linear(256, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, 3, 48, 48) to (batch,)."""
+        """(batch, 3, 48, 48) to (batch, 2)."""
         for i in range(1, 5):
             x = self.get_submodule(f"prelu{i}")(self.get_submodule(f"conv{i}")(x))
             x = self.pools[i - 1](x) if i < 4 else x
-        logits = self.dense6_1(self.prelu5(self.dense5(x.permute(0, 3, 2, 1).flatten(1))))
-        odds: Tensor = logits[:, 1] - logits[:, 0]
+        odds: Tensor = self.dense6_1(self.prelu5(self.dense5(x.permute(0, 3, 2, 1).flatten(1))))
         return odds
 
 
@@ -39,19 +38,24 @@ def faces() -> Problem:
 
     model = ONet()
     weights = torch.load(package_folder("facenet_pytorch") / "data" / "onet.pt", weights_only=True)
-    model.load_state_dict(
-        {name: value for name, value in weights.items() if not name.startswith(("dense6_2", "dense6_3"))}
-    )
+    weights = {name: value for name, value in weights.items() if not name.startswith(("dense6_2", "dense6_3"))}
+    for name in ("dense6_1.weight", "dense6_1.bias"):  # the difference of two logits in one layer
+        weights[name] = weights[name] - weights[name].flip(0)
+    model.load_state_dict(weights)
     model.eval().requires_grad_(False)
     grey = torch.from_numpy(np.load(package_folder("skimage") / "data" / "lfw_subset.npy")[::2]).float()
     images = F.interpolate(grey[:, None].expand(-1, 3, -1, -1), (SIDE, SIDE), mode="bilinear") * 2 - 1
     with torch.no_grad():
-        side = model(images).sign()
-    right = int((side[: len(side) // 2] > 0).sum() + (side[len(side) // 2 :] < 0).sum())  # the first half are faces
+        answer = model(images).argmax(1)
+    right = int((answer == (torch.arange(len(images)) < len(images) // 2)).sum())  # the first half are faces
+
+    def explained(x: Tensor, rows: Tensor) -> Tensor:
+        odds: Tensor = model(x).gather(1, answer[rows, None])[:, 0]
+        return odds
 
     def measure(maps: Tensor, rows: Tensor) -> Numbers:
         def score(x: Tensor) -> Tensor:
-            odds = side[rows] * model(x)
+            odds = explained(x, rows)
             return torch.stack([odds.sigmoid(), odds], 1)
 
         curves = metrics.flip_pixels(score, images[rows], maps, patch=PATCH, steps=STEPS, fill=metrics.blur(47, 20.0))
@@ -63,13 +67,13 @@ def faces() -> Problem:
         network="ONet",
         settings=(
             f"MTCNN's ONet on every second of the 200 patches of scikit-image's lfw_subset, {SIDE} x {SIDE}; {right} "
-            f"of {len(side)} are told right as face or not. Explained: log-odds of the answer it gave. Pixel flipping "
-            f"in {STEPS} steps of {SIDE**2 // PATCH**2 // STEPS} patches of {PATCH} x {PATCH}, filled from the blurred "
-            "image (kernel 47, the largest that fits, sigma 20). No normalisation."
+            f"of {len(images)} are told right as face or not. Explained: log-odds of the answer it gave. Pixel "
+            f"flipping in {STEPS} steps of {SIDE**2 // PATCH**2 // STEPS} patches of {PATCH} x {PATCH}, filled from "
+            "the blurred image (kernel 47, the largest that fits, sigma 20). No normalisation."
         ),
         model=model,
         inputs=images,
-        explained=lambda x, rows: side[rows] * model(x),
+        explained=explained,
         measure=measure,
         chunk=100,
         main="ABPC, log-odds",
