@@ -422,10 +422,20 @@ def _clamp_sign(bounds: Any) -> Sign:
     return "nonnegative" if bounds[0] is not None and bounds[0] >= 0 else ""
 
 
+CLAMP = Function(_clamp, _clamp_zero, _clamp_slope, smooth=False)
+
+
+def _clamp_secant(step: Any, x: Tensor) -> Tensor:
+    low, high = _bounds(step.node)
+    if low != 0 or high is None or high <= 0:
+        return CLAMP.through_zero(step, x)
+    return torch.div(x.new_full((), high), x).clamp_(0, 1)  # ReLU6 and its like: 0, 1 or high / x
+
+
 for _name in ("HardtanhBackward0", "ClampBackward1", "ClampMinBackward0", "ClampMaxBackward0"):
     elementwise(
         _name,
-        Function(_clamp, _clamp_zero, _clamp_slope, smooth=False),
+        CLAMP._replace(secant=_clamp_secant),
         facts=_bounds,
         sign=_clamp_sign,
         gates=lambda bounds: bounds[0] is not None and bounds[0] == 0,
