@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -64,6 +66,20 @@ def test_what_ignores_the_weights_fails_the_check_with_shuffled_weights():
     found = similarity(case, methods.lrp("epsilon", COMPOSITES["epsilon"]), rows)
     assert found.abs().max() < 0.3  # 256 pixels: 0.06 by chance
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_padding_does_not_count_as_likeness():
+    torch.manual_seed(0)
+    model, inputs, valid = nn.Linear(8, 1, bias=False), torch.randn(2, 40, 8), (torch.arange(40) < 10).expand(2, -1)
+    rows = torch.arange(2)
+
+    def relevance(case, rows):
+        return (case.inputs[rows] * valid[:, : case.inputs.shape[1], None]) @ model.weight[0].detach()
+
+    words = similarity(problem(model, inputs[:, :10]), relevance, rows)
+    padded = problem(model, inputs)
+    assert similarity(replace(padded, valid=valid), relevance, rows).tolist() == pytest.approx(words.tolist())
+    assert (similarity(padded, relevance, rows) - words).abs().min() > 0.05
 
 
 def test_the_variants_of_auto_are_of_the_auto_that_there_is():

@@ -24,7 +24,7 @@ from benchmarks.faithfulness.methods import edges, lrp, others
 from benchmarks.faithfulness.photos import mosaics, photos
 from benchmarks.faithfulness.problem import Method, Numbers, Problem
 from benchmarks.faithfulness.randomisation import similarity
-from benchmarks.faithfulness.report import NOTE, Result, chart, text
+from benchmarks.faithfulness.report import NOTE, READING, Result, chart, text
 from benchmarks.faithfulness.retrieval import retrieval
 from benchmarks.faithfulness.sentences import sentences
 from benchmarks.faithfulness.shapes import shapes
@@ -98,7 +98,10 @@ def main() -> int:
     print(text(results))
     if options.write:
         command = f'make bench ARGS="--only faithfulness{" --quick" * options.quick}"'
-        write_section(RESULTS, "Faithfulness", "\n\n".join([setting(command), NOTE, chart(results), text(results)]))
+        reading = "The quick grid: the first four samples of two problems." if options.quick else READING.strip()
+        write_section(
+            RESULTS, "Faithfulness", "\n\n".join([setting(command), NOTE, chart(results), reading, text(results)])
+        )
     return 0
 
 

@@ -34,6 +34,8 @@ class Problem:
     main: str
     """The measure by which methods are ranked: the more the better."""
     chunk: int = 50
+    valid: Tensor | None = None
+    """``(samples, length)`` bool, False for what is the same in all texts, such as padding; None where nothing is."""
 
     @property
     def channels(self) -> int:

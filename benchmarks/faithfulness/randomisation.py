@@ -28,4 +28,6 @@ def similarity(problem: Problem, method: Method, rows: Tensor) -> Tensor:
         with torch.no_grad():
             for weight, value in zip(weights, own, strict=True):
                 weight.copy_(value)
-    return metrics.rank_correlation(before, after)
+    valid = torch.ones_like(before, dtype=torch.bool) if problem.valid is None else problem.valid[rows]
+    pairs = zip(before, after, valid, strict=True)
+    return torch.cat([metrics.rank_correlation(x[here][None], y[here][None]) for x, y, here in pairs])

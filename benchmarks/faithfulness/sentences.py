@@ -87,6 +87,7 @@ def sentences(data: Path) -> Problem:
         inputs=inputs,
         explained=score,
         measure=measure,
+        valid=~special,
         chunk=50,
         main="ABPC, log-odds",
     )
