@@ -33,7 +33,7 @@ from dynlrp.allocation.budget import make_limits
 from dynlrp.allocation.calibration import batch_size
 from dynlrp.allocation.gradients import squared_errors, squared_gradients
 from dynlrp.allocation.noise import costs
-from dynlrp.allocation.observe import Call, by_layer, kept, watching
+from dynlrp.allocation.observe import Call, by_layer, watching
 from dynlrp.allocation.solver import solve
 from dynlrp.rules import Epsilon, Gradient, Secant
 
@@ -63,10 +63,9 @@ def error_relevance(task: Task) -> Iterator[Tensor]:
     for batch in task.batches():
         found: list[tuple[Call, Tensor]] = []
 
-        def watch(layer: Any, module: nn.Module, x: Tensor, y: Tensor, found: Any = found) -> Tensor | None:
-            y, changed = y if (copy := kept(layer, module, x, y)) is None else copy, copy is not None
+        def watch(layer: Any, module: nn.Module, x: Tensor, y: Tensor, found: Any = found) -> Tensor:
             found.append((Call(layer, module, x.detach(), x._version, None), y))
-            return y if changed else None
+            return y.clone()  # a model may change that in place
 
         with torch.enable_grad(), watching(task.layers, watch):
             output = task.run(batch)

@@ -143,6 +143,18 @@ def test_fisher_is_the_squared_gradient_of_each_sample(kind: str) -> None:
     close(raw(of, "fisher"), torch.stack(expected))
 
 
+def test_error_relevance_by_multipliers_that_are_gradients_is_weight_error() -> None:
+    """The benchmark's score on a piecewise linear net with changes in place, where ``R / y`` is the gradient."""
+    from benchmarks.allocation import error_relevance
+
+    SCORES.pop("error_relevance", None)  # it is the benchmark's alone
+    of = task(composite="attnlrp")
+    pairs = zip(error_relevance(of), SCORES["weight_error"].function(of), strict=True)
+    for found, expected in pairs:
+        assert expected.abs().max() > 0
+        close(found, expected, 1e-9)  # a quotient and a product for every number
+
+
 @pytest.mark.parametrize("kind", ["net", "words"])
 def test_weight_error_squares_gradient_times_error_of_every_weight(kind: str) -> None:
     of = task(kind)
