@@ -78,7 +78,7 @@ def owl(task: Task) -> Iterator[Tensor]:
                 task.run(batch)
             for call in found:
                 x = samples_first(call.given(), size, call.layer.name)
-                axis = call.layer.input_axis(x.ndim)
+                axis = call.layer.channel_axis(x.ndim)
                 rest = [d for d in range(1, x.ndim) if d != axis]
                 norms = x.square().sum(rest) if rest else x.square()
                 squares[call.layer.name] = squares[call.layer.name].to(norms) + norms

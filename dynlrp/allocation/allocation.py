@@ -21,7 +21,7 @@ from dynlrp.allocation.divergence import Divergence, Kind
 from dynlrp.allocation.groups import Groups, make_groups, make_pins, pin_groups
 from dynlrp.allocation.layers import Layer, find_layers
 from dynlrp.allocation.noise import costs
-from dynlrp.allocation.quantizer import WIDTHS, Quantizer, rounded
+from dynlrp.allocation.quantizer import Quantizer, rounded, widths_of
 from dynlrp.allocation.scores import DEFAULT, Noise, Scores, Task, measure
 from dynlrp.allocation.solver import check, solve
 from dynlrp.composite import Composite
@@ -240,9 +240,7 @@ def allocate(
         BudgetError: nothing is within the budget; it says what would be.
         InputError: names that find nothing, candidates out of range, calibration that the model does not take.
     """
-    widths = tuple(sorted(set(candidates)))
-    if not widths or not set(widths) <= set(WIDTHS):
-        raise InputError(f"candidates are from {WIDTHS[0]} to {WIDTHS[-1]} bits, not {widths}")
+    widths = widths_of(candidates)
     found = find_layers(model, layers)
     pins = make_pins(found, pinned or {})
     grouped = pin_groups(make_groups(found, groups), pins)
@@ -257,7 +255,7 @@ def allocate(
         target,
         composite,
         on_unknown,
-        Divergence(divergence) if isinstance(divergence, str) else divergence,
+        Divergence.of(divergence),
         output,
         seed,
     )

@@ -36,6 +36,11 @@ class Divergence:
         if self.kind not in ("softmax", "sigmoid", "cosine", "squared"):
             raise InputError(f"a divergence is softmax, sigmoid, cosine or squared, not {self.kind!r}")
 
+    @classmethod
+    def of(cls, divergence: Divergence | Kind) -> Divergence:
+        """A name is the kind of one."""
+        return divergence if isinstance(divergence, Divergence) else cls(divergence)
+
     def between(self, output: Tensor, reference: Tensor, inputs: Any = None) -> Tensor:
         """The divergence for each sample, ``(batch,)``, in float32 at least."""
         z, y = _wide(output), _wide(reference)

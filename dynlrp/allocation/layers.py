@@ -54,6 +54,11 @@ class Layer:
         """How many numbers the weight holds."""
         return self.weight.numel()
 
+    @property
+    def fan_in(self) -> int:
+        """Weights that feed an output: the multiply-accumulates for each of its numbers."""
+        return self.weights // self.weight.shape[self.output_axis]
+
     def linear(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """What one of the modules makes of an input with another weight and no bias.
 
@@ -84,8 +89,7 @@ class Layer:
             once, twice = self.linear(module, x, weight), self.linear(module, x, 2 * weight)
             bias = module._parameters.get("bias")
             if bias is not None:
-                axis = output.ndim - 1 - (self.weight.ndim - 2 if isinstance(module, _ConvNd) else 0)
-                output = output - bias.reshape(-1, *[1] * (output.ndim - 1 - axis))
+                output = output - bias.reshape(-1, *[1] * (output.ndim - 1 - self.channel_axis(output.ndim)))
             size = torch.linalg.vector_norm(output)
             if max(torch.dist(once, output), torch.dist(twice, 2 * output)) > size * LINEAR:
                 raise InputError(
@@ -93,8 +97,8 @@ class Layer:
                     f"what rounding does is not known; leave it out, with layers= or pinned={{{self.name!r}: None}}"
                 )
 
-    def input_axis(self, ndim: int) -> int:
-        """The axis that counts input channels in an input of ``ndim`` dimensions."""
+    def channel_axis(self, ndim: int) -> int:
+        """The axis that counts channels in an input or output of ``ndim`` dimensions."""
         return ndim - 1 - (self.weight.ndim - 2 if isinstance(self.module, _ConvNd) else 0)
 
     @property

@@ -21,7 +21,7 @@ from dynlrp.allocation.divergence import Divergence, Kind
 from dynlrp.allocation.layers import find_layers
 from dynlrp.allocation.moments import Moments
 from dynlrp.allocation.products import Product, multiplied
-from dynlrp.allocation.quantizer import WIDTHS
+from dynlrp.allocation.quantizer import widths_of
 from dynlrp.allocation.samples import by_sample
 from dynlrp.allocation.scores import Task
 from dynlrp.allocation.solver import Limit, solve
@@ -145,9 +145,7 @@ def allocate_activations(
         BudgetError: nothing is within the budget; it says what would be.
         InputError: activations are multiplied where no hand reaches, as in ``nn.MultiheadAttention``.
     """
-    widths = tuple(sorted(set(candidates)))
-    if not widths or not set(widths) <= set(WIDTHS):
-        raise InputError(f"candidates are from {WIDTHS[0]} to {WIDTHS[-1]} bits, not {widths}")
+    widths = widths_of(candidates)
     if score not in get_args(Sensitivity):
         raise InputError(f"score is one of {', '.join(get_args(Sensitivity))}, not {score!r}")
     limit = Budget.of(budget)
@@ -161,7 +159,7 @@ def allocate_activations(
         target=target,
         composite=composite,
         on_unknown=on_unknown,
-        divergence=Divergence(divergence) if isinstance(divergence, str) else divergence,
+        divergence=Divergence.of(divergence),
         output=output,
         seed=seed,
     )
@@ -262,12 +260,13 @@ def _costs(task: Task, score: Sensitivity, ranges: Mapping[str, Range]) -> dict[
                 begin.root, tensors, initial=first, composite=task.composite, on_unknown=task.on_unknown
             ).relevance
         rows = torch.zeros(size, len(ranges), len(task.candidates), dtype=torch.float64)
+        found = dict(zip(taken, sides, strict=True))
         for place, name in enumerate(ranges):
-            side = dict(zip(taken, sides, strict=True)).get(name)
+            side = found.get(name)
             if side is not None:
                 x = taken[name].detach()
                 errors = [ranges[name].round(x, bits) - x for bits in task.candidates]
-                rows[:, place] = torch.stack([_cost(score, side, error, x, size, name) for error in errors], 1)
+                rows[:, place] = _cost(score, side, errors, x, size, name)
         if score == "relevance":
             every = [by_sample(side.abs(), size, "").sum(1).double().cpu() for side in sides if side is not None]
             rows = rows / torch.stack(every).sum(0).clamp(min=1e-300)[:, None, None]
@@ -278,10 +277,12 @@ def _costs(task: Task, score: Sensitivity, ranges: Mapping[str, Range]) -> dict[
     }
 
 
-def _cost(score: Sensitivity, side: Tensor, error: Tensor, x: Tensor, size: int, name: str) -> Tensor:
-    def total(tensor: Tensor) -> Tensor:
-        return by_sample(tensor.detach(), size, name).sum(1, dtype=torch.float64).cpu()
+def _cost(score: Sensitivity, side: Tensor, errors: list[Tensor], x: Tensor, size: int, name: str) -> Tensor:
+    """Of each sample and error, ``(samples, errors)``."""
+
+    def total(*tensors: Tensor) -> Tensor:
+        return torch.stack([by_sample(t.detach(), size, name).sum(1, dtype=torch.float64).cpu() for t in tensors], 1)
 
     if score == "error":
-        return total((side * error).square())
-    return total(side.abs()) * total(error.square()) / total(x.square()).clamp(min=1e-300)
+        return total(*((side * error).square() for error in errors))
+    return total(side.abs()) * total(*(error.square() for error in errors)) / total(x.square()).clamp(min=1e-300)

@@ -18,7 +18,7 @@ def multiply_accumulates(task: Task) -> dict[str, float]:
     size = batch_size(batch)
 
     def count(layer: Layer, module: nn.Module, given: Tensor, output: Tensor) -> None:
-        counts[layer.name] += output.numel() * (layer.weights / layer.weight.shape[layer.output_axis]) / size
+        counts[layer.name] += output.numel() * layer.fan_in / size
 
     with watching(task.layers, count), torch.no_grad():
         task.run(batch)

@@ -71,8 +71,8 @@ def multiplied(model: nn.Module, layers: Mapping[str, Layer], change: Change) ->
                 mode.path.pop()
                 if id(module) in holders and isinstance(output, Tensor):
                     name, layer = holders[id(module)]
-                    each = layer.weights // layer.weight.shape[layer.output_axis]
-                    mode.found.append(Product(name, (mode.last("input", name),), output.numel() * each))
+                    count = output.numel() * layer.fan_in
+                    mode.found.append(Product(name, (mode.last("input", name),), count))
 
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)

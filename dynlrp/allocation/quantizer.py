@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -74,7 +74,7 @@ class Quantizer:
         """How many weights share a scale."""
         shape = layer.weight.shape
         inputs = shape[1 - layer.output_axis]
-        along = inputs if self.per_tap else layer.weights // shape[layer.output_axis]
+        along = inputs if self.per_tap else layer.fan_in
         size = self.group_size or along
         if along % size:
             raise InputError(
@@ -105,6 +105,14 @@ def rounded(layers: Mapping[str, Layer], bits: Mapping[str, int], quantizer: Qua
         weight = nn.Parameter(quantizer.round(layer, number), requires_grad=layer.weight.requires_grad)
         for module in layer.modules.values():
             yield module, "weight", weight
+
+
+def widths_of(candidates: Iterable[int]) -> tuple[int, ...]:
+    """The candidates in order, each once."""
+    widths = tuple(sorted(set(candidates)))
+    if not widths or not set(widths) <= set(WIDTHS):
+        raise InputError(f"candidates are from {WIDTHS[0]} to {WIDTHS[-1]} bits, not {widths}")
+    return widths
 
 
 def _check(bits: int) -> None:
