@@ -97,22 +97,22 @@ class Aliases(TorchFunctionMode):
 
         def stand_in(place: int | str, value: Any) -> Any:
             number = id(value)
-            if number not in self._stand_ins:
-                if not multiplies or place in summands or not self._is_view(value) or not self._signal(args, kwargs):
-                    return value
-                return value.detach()
-            if place not in summands:
-                if number in self._wanted:
-                    if checkpointed:
-                        raise InputError(
-                            f"parameter {self._wanted[number]!r} is frozen and used inside a checkpoint, which your "
-                            f"backward() runs again: with create_graph=True it has no relevance of its own. Let it "
-                            f"require grad, leave it out of parameters=, or switch checkpointing off "
-                            f"(model.gradient_checkpointing_disable())."
-                        )
-                elif checkpointed or (multiplies and self._signal(args, kwargs)):
-                    return value
-            return self._stand_ins[number]
+            frozen, summed = number in self._stand_ins, place in summands
+            if not frozen and not (multiplies and self._is_view(value)):
+                return value
+            if multiplies and not summed and number not in self._wanted and self._signal((*args, *kwargs.values())):
+                return value if frozen else value.detach()
+            if not frozen:
+                return value
+            if not checkpointed or summed:
+                return self._stand_ins[number]
+            if number not in self._wanted:
+                return value
+            raise InputError(
+                f"parameter {self._wanted[number]!r} is frozen and used inside a checkpoint, which your backward() "
+                f"runs again: with create_graph=True it has no relevance of its own. Let it require grad, leave it "
+                f"out of parameters=, or switch checkpointing off (model.gradient_checkpointing_disable())."
+            )
 
         def swap(place: int | str, value: Any) -> Any:
             if isinstance(value, tuple | list) and self._meets(func, value):
@@ -136,12 +136,12 @@ class Aliases(TorchFunctionMode):
         """Whether it is a view of an unwanted parameter's stand-in."""
         return isinstance(value, Tensor) and id(value._base) in self._views
 
-    def _signal(self, args: Any, kwargs: Any) -> bool:
-        """Whether arguments hold more than parameters."""
-        for value in (*args, *kwargs.values()):
+    def _signal(self, values: Iterable[Any]) -> bool:
+        """Whether there is more among them than parameters."""
+        for value in values:
             if isinstance(value, Tensor):
                 if value.requires_grad and not self._is_view(value):
                     return True
-            elif isinstance(value, tuple | list) and self._signal(value, {}):
+            elif isinstance(value, tuple | list) and self._signal(value):
                 return True
         return False

@@ -376,8 +376,7 @@ class Walk:
                 f"{self._rule(step)} returned {type(value).__name__} for operand {link.position}, not a tensor"
             )
         if link.account and value.numel() <= SMALL and self._unsummed(step, link, value):
-            leaf = self.graph.nodes[link.node].variable
-            self.ledger.book_later(link.account, step.name, self._sequence(step), value, leaf)
+            self._book(step, live, link, value, link.account)
             return
         metadata = self.graph.nodes[link.node]._input_metadata
         expected = metadata[link.output]
