@@ -33,6 +33,7 @@ from dynlrp.rules.operation import (
     Rule,
     Step,
     StepShape,
+    channel_sum,
     divide,
     dot,
     product,
@@ -764,7 +765,7 @@ class Convolution:
         return self.bias_sum(step, g)
 
     def bias_sum(self, step: Step, r: Tensor) -> Tensor:
-        return r.sum((0, *range(2, r.ndim)))
+        return channel_sum(r)
 
     def scaled(self, step: Step, w: Tensor, scale: Tensor) -> Tensor:
         if not self._setting(step, "transposed"):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlrp.rules.operation import Grads, Operation, Rule, Step, dot, follow, register
+from dynlrp.rules.operation import Grads, Operation, Rule, Step, channel_sum, dot, follow, register
 from dynlrp.rules.product import Shares
 
 
@@ -160,10 +160,10 @@ class PerChannel:
         return v.reshape(1, -1, *[1] * (ndim - 2))
 
     def weight_backward(self, step: Step, g: Tensor) -> Tensor:
-        return (g * self.normalised(step)).sum((0, *range(2, g.ndim)))
+        return channel_sum(g * self.normalised(step))
 
     def bias_backward(self, step: Step, g: Tensor) -> Tensor:
-        return g.sum((0, *range(2, g.ndim)))
+        return channel_sum(g)
 
 
 def _trains(node: Any) -> bool:
