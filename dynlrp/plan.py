@@ -227,6 +227,11 @@ class _Planner:
         self.on_unknown = on_unknown
         self.count = len(structure.names)
         self.facts = {index: fact for (index, _), fact in zip(structure.skeleton.telling, structure.facts, strict=True)}
+        self.operations = [REGISTRY.get(name) for name in structure.names]
+        for index, fact in self.facts.items():
+            operation = self.operations[index]
+            if operation is not None and operation.variants:
+                self.operations[index] = operation.variants.get(fact, operation)
         self.roles, self.traits = read(structure)
         self.sources = frozenset(structure.sources)
         self.consumers: dict[Edge, list[tuple[int, int]]] = {}
@@ -263,7 +268,7 @@ class _Planner:
         self.reaches: list[bool] = []
         for index, name in enumerate(s.names):
             operands = s.operands[index]
-            operation = REGISTRY.get(name)
+            operation = self.operations[index]
             carried = [edge for edge in operands if edge is not None]
             reached = [edge for edge in carried if edge in self.sources or self.reaches[edge.node]]
             self.leads.append(any(self.observes[edge.node] for edge in carried))
@@ -380,7 +385,7 @@ class _Planner:
         """Operations with no linear operation between them and the output."""
         clear = {self.s.root.node} if self.s.last else set()
         for index in range(self.count - 1, -1, -1):
-            if index in clear and REGISTRY.get(self.s.names[index], _NOTHING).family not in WEIGHTED:
+            if index in clear and (self.operations[index] or _NOTHING).family not in WEIGHTED:
                 clear.update(edge.node for edge in self.s.operands[index] if edge is not None)
         return frozenset(clear)
 
@@ -465,7 +470,7 @@ class _Planner:
     def _step(self, index: int, absorbed: dict[int, StepPlan], unknown: list[tuple[int, str]]) -> StepPlan:
         name = self.s.names[index]
         operands = self.s.operands[index]
-        operation = REGISTRY.get(name)
+        operation = self.operations[index]
         rule = self.rules[index]
         fallback = isinstance(rule, Gradient) and operation is not None and not self._is_its_gradient(index, operation)
         if operation is None or rule is None:
@@ -528,7 +533,7 @@ class _Planner:
         affine = step.operation.affine
         if affine is None or edge is None or self._ends(edge) or not step.signals[0]:
             return None
-        operation, rule = REGISTRY.get(self.s.names[edge.node]), self.rules[edge.node]
+        operation, rule = self.operations[edge.node], self.rules[edge.node]
         if operation is None or rule is None or not rule.merges_norm or not affine(self.facts.get(step.index)):
             return None
         if operation.absorbs is None or len(self.consumers[edge]) > 1 or not self._is_linear(edge.node, operation):
@@ -537,7 +542,7 @@ class _Planner:
         return edge.node if self._kind(source) is Kind.SIGNAL else None
 
     def _gates(self, index: int) -> bool:
-        operation = REGISTRY.get(self.s.names[index])
+        operation = self.operations[index]
         if operation is None or self.rules[index] != operation.rule:
             return False
         return operation.gates(self.facts.get(index)) if callable(operation.gates) else operation.gates

@@ -251,6 +251,8 @@ class Operation:
     is the same number as a differentiable function of the operands, for relevance that is differentiated."""
     facts: Callable[[Any], Hashable] | None = None
     """Reads from a node what a plan must know beyond its name; passed to the callables below."""
+    variants: Mapping[Hashable, Operation] = field(default_factory=lambda: MappingProxyType({}))
+    """By facts, the operation that stands for this one in a plan, where another rule is needed."""
     sign: Sign | Callable[[Any], Sign] = ""
     """Whether the output is never negative, or only where an operand is."""
     gates: bool | Callable[[Any], bool] = False
