@@ -49,8 +49,8 @@ def explain(
     Args:
         model: an ``nn.Module`` or any function of tensors.
         inputs: a tensor; a tuple or list of positional arguments; a mapping of keyword arguments (a tokenizer's
-            output). Floating point tensors get relevance of their shape; integer tensors that index an embedding get
-            one number per id; others are passed through and get None.
+            output). Floating point tensors get relevance of their shape; integer tensors that index an embedding, or a
+            parameter (``self.table[ids]``), get one number per id; others are passed through and get None.
         target: what to explain of an output of shape ``(batch, ...)``: None, the largest output of each sample; an
             int, or one per sample; an index tuple such as ``(position, token)``, or a list of one per sample; a
             floating point tensor of the output's shape, the initial relevance; a function from the output to one

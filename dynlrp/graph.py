@@ -72,6 +72,8 @@ class Skeleton:
     """Nodes that tell more of themselves than their name."""
     lookups: tuple[int, ...]
     """Nodes that look up rows of a table."""
+    selections: tuple[int, ...]
+    """Nodes that choose entries by indices."""
 
 
 @dataclass(frozen=True)
@@ -301,4 +303,5 @@ def _skeleton(names: tuple[str, ...], links: tuple[int, ...], version: int) -> S
         tuple(places),
         tuple([(index, operation.facts) for index, operation in known if operation.facts is not None]),
         tuple([index for index, operation in known if operation.lookup]),
+        tuple([index for index, operation in known if operation.selects is not None]),
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,44 +14,57 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dynlrp.errors import InputError
-from dynlrp.graph import Edge, Graph, Node, Operands, saved
+from dynlrp.graph import Edge, Graph, Node, Operands, Skeleton, saved
 from dynlrp.rules.operation import REGISTRY
 
 
 @dataclass(frozen=True)
 class Rows:
     """How the relevance of an embedding becomes one number per id: ``places`` are the ids' positions in the input,
-    one past the last for ids that the model added. ``split`` is the operation's ``rows``, ``table`` its operand."""
+    one past the last for ids that the model added. ``split`` is the operation's ``rows``, ``table`` its operand;
+    without it, the output's dimensions ``beside`` those of the ids are summed."""
 
     places: Tensor
+    beside: tuple[int, ...]
     split: Callable[..., Tensor] | None
     node: Node
     table: Edge | None
 
     def read(self, relevance: Tensor, shape: torch.Size, table: Tensor | None) -> Tensor:
-        rows = relevance.sum(-1) if self.split is None else self.split(Operands(self.node), relevance, table)
+        if self.split is not None:
+            rows = self.split(Operands(self.node), relevance, table)
+        else:
+            rows = relevance.sum(self.beside) if self.beside else relevance
         flat = rows.new_zeros(shape.numel() + 1)
         return flat.index_add_(0, self.places.reshape(-1), rows.reshape(-1))[:-1].reshape(shape)
 
 
-def find_rows(graph: Graph, inputs: Sequence[Tensor]) -> list[list[tuple[Edge, Rows]]]:
-    """The embeddings that each of some integer inputs indexes.
+class Lookup(NamedTuple):
+    """A node that looks up rows of a table, the indices, and the output's dimensions beside theirs."""
+
+    node: int
+    indices: Tensor
+    beside: tuple[int, ...]
+
+
+def find_rows(graph: Graph, inputs: Sequence[Tensor], sources: Sequence[Edge]) -> list[list[tuple[Edge, Rows]]]:
+    """The embeddings that each of some integer inputs indexes, ``sources`` being tensors that are no tables.
 
     An embedding belongs to the input whose memory its indices lie in, be it a view; else, where the model copied its
     ids, to the first input without such an embedding that holds the same numbers, maybe transposed, padded or cut.
     """
     found: list[list[tuple[Edge, Rows]]] = [[] for _ in inputs]
-    copied: list[tuple[int, Tensor]] = []
+    copied: list[Lookup] = []
     memory = {ids.untyped_storage()._cdata: number for number, ids in enumerate(inputs)}
-    for index in graph.skeleton.lookups:
-        indices = saved(graph.nodes[index], REGISTRY[graph.names[index]].lookup)
-        number = memory.get(indices.untyped_storage()._cdata)
+    for lookup in _lookups(graph, sources) if inputs else ():
+        given = lookup.indices
+        number = memory.get(given.untyped_storage()._cdata)
         if number is None:
-            copied.append((index, indices))
+            copied.append(lookup)
         else:
-            order = torch.arange(inputs[number].numel(), device=indices.device)
-            order = order.as_strided(indices.shape, indices.stride(), indices.storage_offset())
-            found[number].append(_rows(graph, index, order))
+            order = torch.arange(inputs[number].numel(), device=given.device)
+            order = order.as_strided(given.shape, given.stride(), given.storage_offset())
+            found[number].append(_rows(graph, lookup, order))
     taken = [bool(embeddings) for embeddings in found]
     for step in graph.steps:
         for node in step.nodes:
@@ -62,19 +77,49 @@ def find_rows(graph: Graph, inputs: Sequence[Tensor]) -> list[list[tuple[Edge, R
                 )
     if any(taken) and active_fake_mode() is not None:  # no numbers tell where the others come from
         copied = []
-    for index, indices in copied:
+    for lookup in copied:
         for number, ids in enumerate(inputs):
-            places = None if taken[number] else _places(indices, ids)
+            places = None if taken[number] else _places(lookup.indices, ids)
             if places is not None:
-                found[number].append(_rows(graph, index, places))
+                found[number].append(_rows(graph, lookup, places))
                 break
     return found
 
 
-def _rows(graph: Graph, index: int, places: Tensor) -> tuple[Edge, Rows]:
+def _lookups(graph: Graph, sources: Sequence[Edge]) -> Iterator[Lookup]:
+    """Look-ups in tables, and choices of entries by index where these are made of parameters alone, as a bare one."""
+    for index in graph.skeleton.lookups:
+        node = graph.nodes[index]
+        last = len(node._input_metadata[0].shape) - 1
+        yield Lookup(index, saved(node, REGISTRY[graph.names[index]].lookup), (last,))
+    for index in _choices(graph.skeleton, tuple(sources)):
+        selects = REGISTRY[graph.names[index]].selects
+        chosen = None if selects is None else selects(Operands(graph.nodes[index]))
+        if chosen is not None:
+            yield Lookup(index, *chosen)
+
+
+@lru_cache(maxsize=64)
+def _choices(skeleton: Skeleton, sources: tuple[Edge, ...]) -> tuple[int, ...]:
+    """The choices by index behind which there is no source, nor another look-up or choice."""
+    if not skeleton.selections:
+        return ()
+    signals = {edge.node for edge in sources}.union(skeleton.lookups)
+    chosen, found = frozenset(skeleton.selections), []
+    for index, operands in enumerate(skeleton.operands):  # which come before their consumers
+        if any(edge is not None and edge.node in signals for edge in operands):
+            signals.add(index)
+        elif index in chosen:
+            found.append(index)
+            signals.add(index)
+    return tuple(found)
+
+
+def _rows(graph: Graph, lookup: Lookup, places: Tensor) -> tuple[Edge, Rows]:
+    index = lookup.node
     operation = REGISTRY[graph.names[index]]
     table = graph.operands[index][0] if operation.rows is not None else None
-    return Edge(index, 0), Rows(places, operation.rows, graph.nodes[index], table)
+    return Edge(index, 0), Rows(places, lookup.beside, operation.rows, graph.nodes[index], table)
 
 
 def _reads(indices: Tensor, ids: Tensor) -> bool:

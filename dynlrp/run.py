@@ -154,7 +154,7 @@ class Run:
         """Ask for one number per id of every embedding that one of ``inputs`` indexes; returns the numbers of the
         results."""
         first = len(self.groups)
-        found = find_rows(self.graph, inputs)
+        found = find_rows(self.graph, inputs, self.sources())
         self.groups += [Group(embeddings, ids.shape) for embeddings, ids in zip(found, inputs, strict=True)]
         return list(range(first, len(self.groups)))
 
@@ -390,7 +390,9 @@ class Run:
         if not sources:
             raise NoPathError(
                 "the output does not depend on any of the inputs through differentiable operations: integer inputs "
-                "count where they index an embedding, and torch.no_grad, detach and numpy cut the graph"
+                "count where they index an embedding or a parameter (a buffer is no part of the graph: make it a "
+                "Parameter that does not require grad), one tensor of them at a time; and torch.no_grad, detach and "
+                "numpy cut the graph"
             )
         aside = [tap.edge for taps in self.taps.values() for tap in taps if tap is not None]
         aside += [edge for edge in self.leaves.values() if edge is not None]

@@ -35,10 +35,28 @@ def _index(step: Any, x: Tensor) -> Tensor:
     return result
 
 
-_reads("IndexBackward0", "UnsafeIndexBackward0", replay=_index)
-_reads("IndexSelectBackward0", replay=lambda step, x: x.index_select(number(step), step.saved("index")))
-_reads("GatherBackward0", replay=lambda step, x: x.gather(number(step), step.saved("index")))
-_reads("TakeBackward0", replay=lambda step, x: x.take(step.saved("index")))
+def _indices(step: Any) -> tuple[Tensor, tuple[int, ...]] | None:
+    found = [(place, index) for place, index in enumerate(step.saved("indices")) if index is not None]
+    if len(found) != 1 or found[0][1].dtype in (torch.bool, torch.uint8):  # of several none is the id; masks
+        return None
+    ((place, index),) = found
+    whole = range(len(step.node._input_metadata[0].shape))
+    return index, (*whole[:place], *whole[place + index.ndim :])
+
+
+def _rows(step: Any) -> tuple[Tensor, tuple[int, ...]]:
+    count, dim = len(step.node._input_metadata[0].shape), number(step)
+    return step.saved("index"), tuple(d for d in range(count) if d != dim % count)
+
+
+def _entries(step: Any) -> tuple[Tensor, tuple[int, ...]]:
+    return step.saved("index"), ()
+
+
+_reads("IndexBackward0", "UnsafeIndexBackward0", replay=_index, selects=_indices)
+_reads("IndexSelectBackward0", replay=lambda step, x: x.index_select(number(step), step.saved("index")), selects=_rows)
+_reads("GatherBackward0", replay=lambda step, x: x.gather(number(step), step.saved("index")), selects=_entries)
+_reads("TakeBackward0", replay=lambda step, x: x.take(step.saved("index")), selects=_entries)
 _reads("MaskedSelectBackward0", replay=lambda step, x: x.masked_select(step.saved("mask")))
 _reads("WhereBackward0", replay=lambda step, a, b: torch.where(step.saved("condition"), a, b), hides=missing)
 

@@ -267,6 +267,9 @@ class Operation:
     """Saved attribute with the indices of a table look-up: integer inputs are explained there."""
     rows: Callable[..., Tensor] | None = None
     """``rows(step, relevance, table)``: relevance of each index, where an output is more than one row of the table."""
+    selects: Callable[[Any], tuple[Tensor, tuple[int, ...]] | None] | None = None
+    """``selects(step)``: the indices by which entries are chosen, and the output's dimensions beside theirs; None where
+    they are no integers. Where the operand is made of parameters alone, it is a table too."""
     gate: bool = False
     """A product with this function's value is gated."""
     softmax: Rule | None = None

@@ -166,6 +166,55 @@ class TestIds:
         (expected,) = self.expected(lambda e: e, self.words(self.ids))
         close(explain(model, self.ids, 1).relevance, expected.sum(-1))
 
+    @pytest.mark.parametrize(
+        "lookup",
+        [
+            lambda w, ids: w[ids],
+            lambda w, ids: w[ids, :],
+            lambda w, ids: w.t()[:, ids].permute(1, 2, 0),
+            lambda w, ids: (w * 1.0).view(6, 5)[ids.long()],
+            lambda w, ids: w.index_select(0, ids.view(-1)).view(2, 4, 5),
+            lambda w, ids: w.t().index_select(-1, ids.view(-1)).view(5, 2, 4).permute(1, 2, 0),
+            lambda w, ids: w.gather(0, ids.view(-1, 1).expand(-1, 5)).view(2, 4, 5),
+            lambda w, ids: w.gather(0, ids.view(-1, 1).repeat(1, 5)).view(2, 4, 5),
+            lambda w, ids: w.take(ids.unsqueeze(-1) * 5 + torch.arange(5)),
+            lambda w, ids: torch.embedding(w, ids),
+            lambda w, ids: torch.stack([w[row] for row in ids]),
+        ],
+        ids=["index", "rows", "columns", "made of it", "select", "select columns", "gather", "gather copies", "take",
+             "embedding", "one by one"],
+    )  # fmt: skip
+    def test_a_bare_parameter_is_an_embedding(self, lookup: Any, request: pytest.FixtureRequest) -> None:
+        model = self.module(lambda m, ids: lookup(m.words.weight, ids))
+        if any(name in request.node.callspec.id for name in ("gather copies", "take")):
+            with pytest.raises(NoPathError, match="index an embedding or a parameter"):
+                explain(model, self.ids, 1)  # numbers of another shape, or others
+            return
+        (expected,) = self.expected(lambda e: e, self.words(self.ids))
+        found = explain(model, self.ids, 1)
+        close(found.relevance, expected.sum(-1))
+        assert found.ledger.closes
+        assert found.ledger.accounts["inputs"] == pytest.approx(float(expected.sum()), abs=1e-12)
+
+    def test_ids_that_choose_among_hidden_states_are_no_ids_of_a_table(self) -> None:
+        chosen = torch.tensor([[3, 0, 0, 1], [2, 2, 1, 0]])
+        for table in (lambda m, ids: m.words.weight[ids], lambda m, ids: m.words(ids)):
+            model = self.module(lambda m, ids, i, t=table: t(m, ids).gather(1, i.unsqueeze(-1).expand(-1, -1, 5)))
+            (expected,) = self.expected(
+                lambda e: e.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 5)), self.words(self.ids)
+            )
+            equal_trees(explain(model, (self.ids, chosen), 1).relevance, (expected.sum(-1), None))
+        x = draw(2, 4, 5)
+        model = self.module(lambda m, x, i: torch.stack([x[n, i[n]] for n in range(2)]))
+        found = explain(model, (x, chosen), 1).relevance
+        assert found[1] is None
+
+    def test_a_buffer_is_no_table(self) -> None:
+        model = self.module(lambda m, ids: m.table[ids])
+        model.register_buffer("table", draw(6, 5))
+        with pytest.raises(NoPathError, match="make it a Parameter"):
+            explain(model, self.ids, 1)
+
     def test_ids_cast_and_reshaped_by_the_model(self) -> None:
         model = self.module(lambda m, ids: m.words(ids.long().view(-1)).view(2, 4, 5))
         (expected,) = self.expected(lambda e: e, self.words(self.ids))
