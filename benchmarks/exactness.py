@@ -54,14 +54,6 @@ class Comparison:
 
 REASONS = (
     (
-        "zennit",
-        "Lite0",
-        "padding",
-        "Padding that is an operation of its own gets a share of relevance in dynlrp where a rule spreads it without "
-        "regard to the input, as flat and z-box do in the first layer; in zennit it is part of the module and gets "
-        "none. The maps differ at two borders.",
-    ),
-    (
         "captum",
         "ResNet",
         "sums",

@@ -22,7 +22,8 @@ from dynlrp.ledger import ACCOUNTS, Ledger
 from dynlrp.plan import Link, Plan, StepPlan
 from dynlrp.precision import Wide
 from dynlrp.promise import SINCE, Promises, intact, plain
-from dynlrp.rules.operation import Account, Grads, Replay, divide, dot, inner, masked_product, product
+from dynlrp.rules.operation import Account, Grads, Replay, Writes, divide, dot, inner, masked_product, product
+from dynlrp.there import there
 from dynlrp.twice import has_dead_end, loses
 
 SMALL = 8192
@@ -98,6 +99,9 @@ class LiveStep:
                 raise RuleError(f"a rule for {self.name} took operand {index} without needs=[Need({index})]")
             self._values[key] = value
         return value
+
+    def there(self, index: int) -> Tensor | None:
+        return there(self._walk.graph, self.plan.operands[index])
 
     def output(self, number: int = 0) -> Tensor:
         key = (None, number)
@@ -243,7 +247,8 @@ class Walk:
                     self._unresolved(step)
             if step.balances:
                 wanted: list[tuple[int | None, int]] = [(None, output) for output in step.outputs]
-                wanted += [(position, 0) for position, counts in enumerate(step.counted) if counts]
+                if step.operation.writes is None:
+                    wanted += [(position, 0) for position, counts in enumerate(step.counted) if counts]
                 if any(live.settle(*activation) for activation in wanted):
                     self._unresolved(step)
                 else:
@@ -463,19 +468,38 @@ class Walk:
         """Book what went in and neither came out nor was booked by the rule, where only the activations tell."""
         if not live.balanced:
             return
+        if step.operation.writes is not None:
+            lost = self._written(step, live, grads[0], step.operation.writes)
+        else:
+            lost = self._kept_back(step, live, grads, results) - self.ledger.since(booked)
+        if isinstance(lost, Tensor):
+            live.book("held back" if step.fallback else step.aside or "constants", lost)
+
+    def _written(self, step: StepPlan, live: LiveStep, g: Tensor | None, writes: Writes) -> Tensor | float:
+        """Relevance of the number that the operation writes itself."""
+        if g is None or not g.numel():
+            return 0.0
+        parts = writes(live, g)
+        wide = torch.promote_types(g.dtype, torch.float32)
+        total = sum((part.sum(dtype=wide) for part in parts), torch.zeros((), dtype=wide, device=g.device))
+        if step.relevance_in or not parts:
+            return total
+        place = writes(live, live.output())[0]
+        return inner(total, place[(0,) * place.ndim])
+
+    def _kept_back(
+        self, step: StepPlan, live: LiveStep, grads: Grads, results: Sequence[Tensor | None]
+    ) -> Tensor | float:
+        """Relevance of the outputs that is not that of the operands."""
         amount: Tensor | float = 0.0
         for output, g in enumerate(grads):
-            if g is not None and step.relevance_in:
-                amount = amount + g.sum()
-            elif g is not None:
-                amount = amount + inner(g, live.output(output))
+            if g is not None:
+                amount = amount + (g.sum() if step.relevance_in else inner(g, live.output(output)))
         for position, counts in enumerate(step.counted):
             value = results[position]
             if counts and value is not None:
                 amount = amount - (value.sum() if step.emits_relevance else inner(value, live.operand(position)))
-        lost = amount - self.ledger.since(booked)
-        if isinstance(lost, Tensor):
-            live.book("held back" if step.fallback else step.aside or "constants", lost)
+        return amount
 
     def _fit(self, step: StepPlan, position: int, value: Tensor, expected: Any, dtype: torch.dtype) -> Tensor:
         try:

@@ -428,7 +428,8 @@ class ZBox(TermRule):
     """R_i = sum_j (x_i w_ij - l_i w_ij^+ - h_i w_ij^-) / sum_i(...) R_j for inputs in [l, h]  (Montavon et al. 2017).
 
     ``low`` and ``high`` are numbers, or one for each channel (dimension 1), as images have that were normalised per
-    channel; None takes each sample's own minimum and maximum. The bias cancels.
+    channel; None takes each sample's own minimum and maximum. The bias cancels, and padding takes no part: it is what
+    it is, so that its bounds are its own value.
     """
 
     low: float | Sequence[float] | None = None
@@ -445,15 +446,15 @@ class ZBox(TermRule):
         return [Need(step.operation.math.input(step))]
 
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
-        axes = tuple(range(1, x.ndim))
-        low = x.amin(axes, keepdim=True).expand_as(x) if self.low is None else _filled(x, self.low)
-        high = x.amax(axes, keepdim=True).expand_as(x) if self.high is None else _filled(x, self.high)
+        axes, there = tuple(range(1, x.ndim)), _there(step, x)
+        low = x.masked_fill(there == 0, torch.inf).amin(axes, keepdim=True) if self.low is None else self.low
+        high = x.masked_fill(there == 0, -torch.inf).amax(axes, keepdim=True) if self.high is None else self.high
         return [
             Group(
                 (
-                    Term(x, None, w, None),
-                    Term(-low, None, each(w, lambda v: v.clamp(min=0)), None),
-                    Term(-high, None, each(w, lambda v: v.clamp(max=0)), None),
+                    Term(x * there, None, w, None),
+                    Term(-_bound(x, low) * there, None, each(w, lambda v: v.clamp(min=0)), None),
+                    Term(-_bound(x, high) * there, None, each(w, lambda v: v.clamp(max=0)), None),
                 ),
                 r,
             )
@@ -466,30 +467,38 @@ class ZBox(TermRule):
         return w, None
 
 
-def _filled(x: Tensor, bound: float | Sequence[float]) -> Tensor:
-    """A bound for every entry of ``x``."""
+def _bound(x: Tensor, bound: Any) -> Any:
+    """A bound, as a number or as a tensor that fits ``x``."""
     if not isinstance(bound, Sequence):
-        return torch.full_like(x, bound)
-    return torch.tensor(bound, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 2)).expand_as(x)
+        return bound
+    return torch.tensor(bound, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 2))
+
+
+def _there(step: Step, x: Tensor) -> Tensor:
+    """1 for every entry of the input; 0 where padding wrote it, be it by an operation before: also a layer that pads by
+    itself sees nothing there."""
+    there = step.there(step.operation.math.input(step))
+    return torch.ones_like(x) if there is None else there.to(x.dtype).expand_as(x)
 
 
 @dataclass(frozen=True)
 class WSquare(TermRule):
-    """R_i = sum_j w_ij^2 / sum_i w_ij^2 R_j  (Montavon et al. 2017); the squared bias takes part as in zennit."""
+    """R_i = sum_j w_ij^2 / sum_i w_ij^2 R_j  (Montavon et al. 2017); the squared bias takes part as in zennit,
+    padding does not."""
 
     emits = "relevance"
     positive = True
 
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
         bias = None if b is None else b.square()
-        return [Group((Term(torch.ones_like(x), None, each(w, torch.square), bias),), r)]
+        return [Group((Term(_there(step, x), None, each(w, torch.square), bias),), r)]
 
 
 @dataclass(frozen=True)
 class Flat(TermRule):
     """R_i = sum_j 1 / n_j R_j over the n_j inputs of output j, whatever their values  (Lapuschkin et al. 2019).
 
-    The bias never takes part, unless ``bias=True`` counts it as one more input.
+    Padding is no input. The bias never takes part, unless ``bias=True`` counts it as one more input.
     """
 
     bias: bool = field(default=False, kw_only=True)
@@ -499,7 +508,7 @@ class Flat(TermRule):
 
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
         bias = None if b is None else torch.ones_like(b)
-        return [Group((Term(torch.ones_like(x), None, each(w, torch.ones_like), bias),), r)]
+        return [Group((Term(_there(step, x), None, each(w, torch.ones_like), bias),), r)]
 
 
 @dataclass(frozen=True)

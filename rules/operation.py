@@ -73,6 +73,9 @@ class Step(Protocol):
     def operand(self, index: int) -> Tensor:
         """The promised value of an operand."""
 
+    def there(self, index: int) -> Tensor | None:
+        """1 for the entries of an operand and 0 for those that padding wrote into it; None where there are no such."""
+
     def output(self, number: int = 0) -> Tensor:
         """The promised value of an output, exact wherever its relevance is not zero."""
 
@@ -223,6 +226,9 @@ Replay = Callable[..., Any]
 record are None."""
 
 
+Writes = Callable[[Any, Tensor], Sequence[Tensor]]
+
+
 @dataclass(frozen=True)
 class Operation:
     """One autograd node type.
@@ -259,6 +265,9 @@ class Operation:
     """Nothing passes where the operand is not positive (relu); a saved result may then stand for the operand."""
     hides: Callable[[Any, tuple[bool, ...]], bool] | None = None
     """``hides(facts, present operands)``: does a constant that autograd did not record add to the output."""
+    writes: Writes | None = None
+    """``writes(step, tensor)``: of a tensor of the output's shape, the entries that are such a constant, one number, as
+    views. They belong to no tensor, as the padding of a convolution does. Its replay leaves zeros there."""
     holds: Callable[[Any], bool] | None = None
     """``holds(facts)``: nothing passes, the output is a coefficient."""
     bilinear: Rule | None = None

@@ -1,4 +1,4 @@
-"""Padding by the tensor's own elements, and folding into and out of patches."""
+"""Padding by a constant or by the tensor's own elements, and folding into and out of patches."""
 
 from __future__ import annotations
 
@@ -9,9 +9,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynlrp.rules.operation import linear_operation
-from dynlrp.rules.shape import signed
+from dynlrp.rules.shape import always, signed
 
 aten: Any = torch.ops.aten
+
+
+def _widths(step: Any) -> list[int]:
+    """Of both sides of every dimension, the last first."""
+    return [signed(width) for width in step.saved("pad")]
+
+
+def _border(step: Any, x: Tensor) -> list[Tensor]:
+    """What is written at both sides of every dimension, each entry once."""
+    parts, widths = [], _widths(step)
+    for axis, left, right in zip(range(-1, -len(widths), -1), widths[::2], widths[1::2], strict=False):
+        left, right, size = max(left, 0), max(right, 0), x.shape[axis]
+        parts += [x.narrow(axis, start, width) for start, width in ((0, left), (size - right, right)) if width]
+        x = x.narrow(axis, left, size - left - right)
+    return parts
+
+
+# The number that is written is not recorded: the replay is for places, not for values.
+linear_operation(
+    "ConstantPadNdBackward0",
+    family="movement",
+    operands="+",
+    copies=True,
+    exact=True,
+    hides=always,
+    writes=_border,
+    replay=lambda step, x: aten.constant_pad_nd(x, _widths(step)),
+)
 
 
 def _pad(name: str, pad: Any) -> None:

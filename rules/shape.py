@@ -212,9 +212,6 @@ class Scattered(VJP):
 
 _moves("AsStridedScatterBackward0", rule=Scattered(), hides=missing)
 
-# The value that a constant padding adds is not recorded.
-_moves("ConstantPadNdBackward0", hides=always, sign="")
-
 # Not every output is an input: zeros are written beside them, or the sign changes.
 for _name, _replay in (
     ("TrilBackward0", lambda step, x: x.tril(number(step, "diagonal"))),

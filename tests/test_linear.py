@@ -94,6 +94,8 @@ CASES: dict[str, Case] = {
 }
 RELEVANCE = ("zbox", "wsquare", "flat")
 """Rules that hand on relevance, not multipliers."""
+BLIND = (ZBox, WSquare, Flat)
+"""Rules that give padding nothing, whatever number it writes."""
 PER_SAMPLE = ("zbox", "zbox=0,")
 """Rules with bounds that are a sample's own. A matrix product cannot tell samples from tokens: there a row's."""
 
@@ -882,21 +884,102 @@ def test_relevance_meets_constants_that_nobody_recorded(name: str, constant: str
 
     h = join(x)
     top = through(CASES[name], layer, h, layer(h).detach())
+    blind = constant == "pad" and isinstance(CASES[name].rule, BLIND)
+    if blind:
+        whole = Layer(lambda x, w, b: F.linear(F.pad(x, (1, 3)), w, b), layer.weight.detach(), layer.bias)
+        top = through(CASES[name], whole, x, layer(h).detach())
     kept = {
-        "cat": top.relevance[:, :2],
-        "where": torch.where(mask, top.relevance, 0.0),
-        "masked_fill": torch.where(mask, 0.0, top.relevance),
-        "pad": top.relevance[:, 1:3],
-    }[constant]
+        "cat": lambda r: r[:, :2],
+        "where": lambda r: torch.where(mask, r, 0.0),
+        "masked_fill": lambda r: torch.where(mask, 0.0, r),
+        "pad": lambda r: r if blind else r[:, 1:3],
+    }[constant](top.relevance)
     explanation = explain(Net(), x, torch.sum, composite=only(CASES[name].rule))
-    same(explanation.relevance, kept)
+    same(explanation.relevance, kept, CASES[name].tolerance)
     ledger = explanation.ledger
     number(ledger.accounts["parameters"], top.bias)
     # The constant's share is booked where its value can be had, and named where not.
     if ledger.unresolved:
         assert abs(ledger.residual - float(top.relevance.sum() - kept.sum())) < 1e-10 * abs(ledger.output)
     else:
-        agrees(explanation, kept, {"constants": top.relevance.sum() - kept.sum()})
+        agrees(explanation, kept, {"constants": top.relevance.sum() - kept.sum()}, CASES[name].tolerance)
+
+
+def _moved(x: Tensor, value: float) -> Tensor:
+    """Padded with the channels behind, and moved on."""
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 2, 0), value=value)
+    return padded[None].clone().unbind()[0].permute(0, 3, 1, 2).flip(2).contiguous()
+
+
+PADDED: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "at all sides": lambda x, value: F.pad(x, (1, 1, 1, 1), value=value),
+    "at one side": lambda x, value: F.pad(x, (0, 1, 2, 0), value=value),
+    "and cropped": lambda x, value: F.pad(x, (-1, 2, 1, -1), value=value),
+    "twice": lambda x, value: F.pad(F.pad(x, (1, 0), value=value), (0, 1, 1, 1), value=value),
+    "and moved": _moved,
+}
+
+
+INNER = torch.tensor([[0.1, 1.0, 1.0, 1.0], [0.1, 1.0, 1.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
+"""What is cropped holds no extreme of a sample."""
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("way", PADDED)
+def test_padding_as_an_operation_is_padding(way: str, name: str) -> None:
+    """What a convolution pads by itself and what is padded before it get the same: nothing, and no share in sums."""
+    weight, x = draw(0, 3, 2, 2, 3), draw(2, 2, 2, 3, 4) * INNER
+    pad = PADDED[way]
+    layer = Layer(lambda x, w, b: F.conv2d(pad(x, 0.0), w, b), weight, draw(1, 3))
+    expected = through(CASES[name], layer, x, layer(x).detach())
+    explanation = explain(layer, x, torch.sum, composite=only(CASES[name].rule))
+    same(explanation.relevance, expected.relevance, CASES[name].tolerance)
+    number(explanation.ledger.accounts["parameters"], expected.bias, CASES[name].tolerance)
+    assert explanation.ledger.error < CASES[name].tolerance
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_padding_in_front_is_the_padding_of_the_layer(frozen: bool, name: str) -> None:
+    weight, x = draw(0, 3, 2, 3, 3), draw(2, 2, 2, 4, 4)
+    inside = Layer(lambda x, w, b: F.conv2d(x, w, b, padding=1), weight, draw(1, 3), frozen)
+    before = Layer(lambda x, w, b: F.conv2d(F.pad(x, (1, 1, 1, 1)), w, b), weight, draw(1, 3), frozen)
+    explanations = [explain(layer, x, torch.sum, composite=only(CASES[name].rule)) for layer in (inside, before)]
+    accounts = [explanation.ledger.accounts for explanation in explanations]
+    agrees(explanations[1], explanations[0].relevance, accounts[0], CASES[name].tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("way", PADDED)
+def test_padding_with_a_number(way: str, name: str) -> None:
+    """It has the relevance of a constant under rules that look at values, which is booked; none under the others."""
+    weight, x = draw(0, 3, 2, 2, 3), draw(2, 2, 2, 3, 4) * INNER
+    pad, rule = PADDED[way], CASES[name].rule
+    layer = Layer(lambda x, w, b: F.conv2d(x, w, b), weight, draw(1, 3))
+    net = Layer(lambda x, w, b: F.conv2d(pad(x, 0.75), w, b), weight, draw(1, 3))
+    h, z = pad(x, 0.75), net(x).detach()
+    if isinstance(rule, BLIND):
+        empty = Layer(lambda x, w, b: F.conv2d(pad(x, 0.0), w, b), weight, draw(1, 3))
+        expected = through(CASES[name], empty, x, z)
+        kept, constants = expected.relevance, torch.zeros(())
+    else:
+        top = through(CASES[name], layer, h, z)
+        there = pad(torch.ones_like(x), 0.0)
+        (kept,) = torch.autograd.functional.vjp(lambda x: pad(x, 0.0), x, top.relevance)[1:]
+        constants = (top.relevance * (1 - there)).sum()
+    explanation = explain(net, x, torch.sum, composite=only(rule))
+    agrees(explanation, kept, {"constants": constants}, CASES[name].tolerance)
+
+
+def test_padding_has_no_part_in_a_samples_own_bounds() -> None:
+    x = draw(0, 2, 2, 4).abs() + 1
+    layer = Layer(lambda x, w, b: F.conv1d(F.pad(x, (1, 1)), w, b), draw(1, 3, 2, 3), draw(2, 3))
+    low, high = (extreme(x, (1, 2)).tolist() for extreme in (torch.amin, torch.amax))
+    found = explain(layer, x, torch.sum, composite=only(ZBox())).relevance
+    for sample in range(2):
+        rule = ZBox(low[sample], high[sample])
+        own = explain(layer, x[sample : sample + 1], torch.sum, composite=only(rule)).relevance
+        same(found[sample : sample + 1], own, 1e-8)
 
 
 @pytest.mark.parametrize("rule", [Gamma(bias=False), ZPlus(bias=False), Epsilon(0.1, bias=False), Flat(), ZBox(-3, 3)])

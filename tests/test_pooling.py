@@ -96,6 +96,7 @@ LINEAR: Table = {
         lambda x: F.unfold(x, 2), lambda x: F.unfold(x, (2, 3), dilation=2, padding=(1, 2), stride=(3, 1)),
     ),
     "Col2ImBackward0": on((2, 8, 25))(lambda x: F.fold(x, 6, 2), lambda x: F.fold(x, 10, 2, 2, 1, 2)),
+    "ConstantPadNdBackward0": on((3, 4))(lambda x: F.pad(x, (1, 2)), lambda x: F.pad(x, (-1, 2, 0, 1))),
     "ReflectionPad1DBackward0": on(LINE)(_padded("reflect", 1, 3), _padded("reflect", 0, 6)),
     "ReflectionPad2DBackward0": on(IMAGE)(_padded("reflect", 1, 3, 2, 0)),
     "ReflectionPad3DBackward0": on(VOLUME)(_padded("reflect", 1, 3, 2, 0, 0, 1)),
@@ -411,7 +412,7 @@ KERNELS = {
 
 def test_nothing_is_forgotten() -> None:
     """PyTorch's nodes of pooling, resampling, padding and folding, but for their second derivatives."""
-    words = ("Pool", "Unpool", "Upsample", "GridSampler", "AffineGrid", "ectionPad", "icationPad", "Im2Col", "Col2Im")
+    words = ("Pool", "Unpool", "Upsample", "GridSampler", "AffineGrid", "PadNd", "ionPad", "Im2Col", "Col2Im")
     known = {
         name
         for name in dir(torch._C._functions)
