@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -19,29 +17,17 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dynlrp._version import __version__
-from dynlrp.allocation.scores import DEFAULT
+from dynlrp.allocation.commands import allocate, allocate_activations
 from dynlrp.catalogue import CLASSES, Entry, catalogue, table_version, to_csv, to_dict
-from dynlrp.errors import DynLRPError, described
+from dynlrp.terminal import CompositeName, errors, show
 
 if TYPE_CHECKING:
-    from dynlrp.allocation import Allocation
     from dynlrp.coverage import Coverage
     from dynlrp.survey import Task
 
 app = typer.Typer(
     help="Layer-wise Relevance Propagation for any PyTorch model.", no_args_is_help=True, add_completion=False
 )
-
-
-def _show(*tables: Table) -> None:
-    """Print tables as wide as the terminal; into a file or a pipe nothing is cut or wrapped."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 10_000
-    for number, table in enumerate(tables):
-        with console.capture() as text:
-            console.print(table)
-        typer.echo("\n" * bool(number) + "\n".join(line.rstrip() for line in text.get().splitlines()))
 
 
 def _version(wanted: bool) -> None:
@@ -108,7 +94,7 @@ def _print(entries: Sequence[Entry], long: bool) -> None:
         if counts[name]:
             totals.add_row(name, str(counts[name]))
     totals.add_row(f"all, in PyTorch {table_version()}", str(len(entries)))
-    _show(table, totals)
+    show(table, totals)
 
 
 def _operands(entry: Entry) -> str:
@@ -122,7 +108,6 @@ Shape = Annotated[
         help="Of the input of a model of yours, a folder's or timm's: 1,3,224,224 for an image, 1,512 for ids."
     ),
 ]
-CompositeName = Annotated[str, typer.Option(help="Which rules: the name of a composite.")]
 
 
 @app.command()
@@ -160,7 +145,7 @@ def coverage(
 
     if as_json + as_csv + as_markdown > 1:
         raise typer.BadParameter("only one of --json, --csv and --markdown")
-    with _errors():
+    with errors():
         for path in out or ():
             report.check_ending(path)
         wanted = survey.tasks(models, shape=_sizes(shape), composite=composite, verify=verify)
@@ -213,7 +198,7 @@ def _print_reports(made: Sequence[Coverage]) -> None:
     total.add_row(f"{report.summary(made)}.")
     if report.is_paper(made):
         total.add_row(report.PAPER)
-    _show(table, *lists, total)
+    show(table, *lists, total)
 
 
 @app.command()
@@ -229,7 +214,7 @@ def zoo(
     from dynlrp import report
     from dynlrp.zoo import entries, near, search, without_timm
 
-    with _errors():
+    with errors():
         found = entries() if not names else {entry.name: entry for name in names for entry in search(name)}
         if not found:
             like = ", ".join(dict.fromkeys(other for name in names or () for other in near(name)))
@@ -248,7 +233,7 @@ def zoo(
     total.add_row(report.counted(len(found), "model"))
     if not names and without_timm():
         total.add_row(f"none of timm, which {escape(without_timm())}")
-    _show(table, total)
+    show(table, total)
 
 
 @app.command()
@@ -265,167 +250,19 @@ def graph(
     from dynlrp import export
     from dynlrp.zoo import find
 
-    with _errors():
+    with errors():
         export.check_ending(out)
         (entry, *others) = find(model, _sizes(shape))
     if others:
         raise typer.BadParameter(f"{model!r} means {1 + len(others)} models")
-    with _errors(model):
+    with errors(model):
         drawn = export.graph_of(entry, composite)
         export.write(out, drawn, title=entry.title or entry.name, depth=depth)
     typer.echo(f"written: {out} ({len(drawn)} nodes, {drawn.number_of_edges()} edges)", err=True)
 
 
-@app.command()
-def allocate(
-    model: Annotated[
-        str,
-        typer.Argument(help="A folder of transformers with weights, or package.module:attribute.", show_default=False),
-    ],
-    calibration: Annotated[
-        list[Path],
-        typer.Argument(
-            help="A .npy, .npz, .parquet or .txt file, images, or a folder of images; several are joined.",
-            show_default=False,
-        ),
-    ],
-    budget: Annotated[
-        float | None, typer.Option(help="Average bits of a weight, with scales; 4 where no limit is given.")
-    ] = None,
-    size: Annotated[float | None, typer.Option(help="MiB of the whole model.")] = None,
-    bitops: Annotated[float | None, typer.Option(help="Operations on bits for one sample, in units of 10^9.")] = None,
-    candidates: Annotated[str, typer.Option(help="Bits that a layer may get.")] = "2,3,4,5,6,8",
-    score: Annotated[str, typer.Option(help="What decides: a name in dynlrp.allocation.SCORES.")] = DEFAULT,
-    group: Annotated[
-        list[str] | None, typer.Option(help="Layers that share bits, as in '*.query,*.key,*.value'; may be repeated.")
-    ] = None,
-    pin: Annotated[
-        list[str] | None, typer.Option(help="Bits of a layer, as in head=8, or head=keep; may be repeated.")
-    ] = None,
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Quantize with zero points.")] = False,
-    group_size: Annotated[int | None, typer.Option(min=1, help="Inputs that share a scale; by default all.")] = None,
-    divergence: Annotated[
-        str, typer.Option(help="What a change of the output is: softmax, sigmoid, cosine or squared.")
-    ] = "softmax",
-    target: Annotated[int | None, typer.Option(help="Output to explain; by default the largest.")] = None,
-    composite: CompositeName = "auto",
-    samples: Annotated[int | None, typer.Option(min=1, help="Use so many of the calibration.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 8,
-    image_size: Annotated[int, typer.Option(min=1, help="Height and width of images.")] = 224,
-    mean: Annotated[str, typer.Option(help="What is subtracted from colours in 0..1.")] = "0.485,0.456,0.406",
-    std: Annotated[str, typer.Option(help="What they are divided by.")] = "0.229,0.224,0.225",
-    length: Annotated[int, typer.Option(min=1, help="Tokens of a text.")] = 128,
-    out: Annotated[list[Path] | None, typer.Option("-o", "--out", help="Write .json or .png; may be repeated.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Bits by layer, as JSON.")] = False,
-) -> None:
-    """Decide how many bits the weights of every layer get, within a budget."""
-    from dynlrp import allocation
-    from dynlrp.allocation import sources
-
-    for path in out or ():
-        if path.suffix not in (".json", ".png"):
-            raise typer.BadParameter(f"{path} ends in neither .json nor .png", param_hint="--out")
-    if budget is size is bitops is None:
-        budget = 4.0
-    preparation = sources.Preparation(
-        image_size,
-        _numbers(mean, "--mean", float),
-        _numbers(std, "--std", float),
-        Path(model) if Path(model).is_dir() else None,
-        length,
-    )
-    pins, widths = _pins(pin or ()), _numbers(candidates, "--candidates", int)
-    with _errors(model), Progress(console=Console(stderr=True), transient=True) as progress:
-        net = sources.load_model(model)
-        data = sources.load_calibration(calibration, preparation)
-        bar = progress.add_task(escape(score), total=len(allocation.Calibration(data, batch, samples)))
-        with _no_output():
-            found = allocation.allocate(
-                net,
-                data,
-                allocation.Budget(budget, size and size * 2**20, bitops and bitops * 1e9),
-                widths,
-                score=score,
-                groups=[names.split(",") for names in group or ()],
-                pinned=pins,
-                quantizer=allocation.Quantizer(not asymmetric, group_size),
-                divergence=divergence,  # type: ignore[arg-type]  # it is checked there
-                target=target,
-                composite=composite,
-                batch_size=batch,
-                samples=samples,
-                progress=lambda count: progress.advance(bar, count),
-            )
-        for path in out or ():
-            if path.suffix == ".json":
-                found.save(path)
-            else:
-                found.plot(model).savefig(path)
-    if as_json:
-        typer.echo(json.dumps(found.bits, indent=1))
-    else:
-        _print_allocation(found)
-    for path in out or ():
-        typer.echo(f"written: {path}", err=True)
-
-
-@contextmanager
-def _no_output() -> Iterator[None]:
-    """HiGHS prints a line now and then whatever it is told, which is no part of our output."""
-    kept = os.dup(1)
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nothing)
-
-
-def _print_allocation(found: Allocation) -> None:
-    table = Table(box=None, pad_edge=False)
-    for heading, side in {"layer": "left", "weights": "right", "bits": "right", "": "left", "score": "right"}.items():
-        table.add_column(heading, justify=side, overflow="fold")  # type: ignore[arg-type]
-    table.add_column("95 % interval", justify="right")
-    for row in found.table:
-        bounds = f"{row.low:.3g} .. {row.high:.3g}" if row.low < row.high else ""
-        table.add_row(
-            escape(row.layer),
-            f"{row.weights:,}",
-            str(row.bits),
-            "\N{FULL BLOCK}" * row.bits,
-            f"{row.score:.3g}",
-            bounds,
-        )
-    solver = found.provenance["solver"]
-    total = Table(box=None, pad_edge=False, show_header=False)
-    total.add_row(
-        f"{found.average_bits:.3f} bits for each weight, {found.size / 2**20:.4g} MiB in all; score "
-        f"{found.scores.name}, {found.scores.count} samples; solution: {solver['method']}."
-    )
-    _show(table, total)
-
-
-Number = TypeVar("Number", int, float)
-
-
-def _numbers(text: str, option: str, kind: Callable[[str], Number]) -> list[Number]:
-    try:
-        return [kind(number) for number in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no list of numbers such as 1,2,3", param_hint=option) from None
-
-
-def _pins(texts: Sequence[str]) -> dict[str, int | None]:
-    """Bits by name, from texts such as ``head=8``."""
-    pins: dict[str, int | None] = {}
-    for text in texts:
-        name, equals, bits = text.rpartition("=")
-        if not equals or not (bits == "keep" or bits.isdecimal()):
-            raise typer.BadParameter(f"{text!r} is not like head=8 or head=keep", param_hint="--pin")
-        pins[name] = None if bits == "keep" else int(bits)
-    return pins
+app.command()(allocate)
+app.command()(allocate_activations)
 
 
 def _sizes(shape: str) -> tuple[int, ...] | None:
@@ -433,18 +270,3 @@ def _sizes(shape: str) -> tuple[int, ...] | None:
         return tuple(int(size) for size in shape.split(",")) if shape else None
     except ValueError:
         raise typer.BadParameter(f"{shape!r} is no shape such as 1,3,224,224", param_hint="--shape") from None
-
-
-@contextmanager
-def _errors(model: str = "") -> Iterator[None]:
-    """The project's errors as text; inside a model, all of them."""
-    try:
-        yield
-    except DynLRPError as error:
-        typer.echo(f"{error}", err=True)
-        raise typer.Exit(2) from error
-    except Exception as error:
-        if not model:
-            raise
-        typer.echo(f"{model}: {described(error)}", err=True)
-        raise typer.Exit(1) from error

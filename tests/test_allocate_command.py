@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from dynlrp import Allocation, Budget, InputError, allocate
-from dynlrp.allocation import Quantizer
+from dynlrp.allocation import Activations, Divergence, Quantizer, allocate_activations
 from dynlrp.allocation.sources import Preparation, load_calibration, load_model
 from dynlrp.cli import app
 from dynlrp.zoo import ZooError
@@ -38,8 +38,8 @@ class Two(nn.Module):
         return self.one(a) + self.other(b)
 
 
-def run(*arguments: Any) -> Result:
-    return CliRunner().invoke(app, ["allocate", *map(str, arguments)])
+def run(*arguments: Any, command: str = "allocate") -> Result:
+    return CliRunner().invoke(app, [command, *map(str, arguments)])
 
 
 NET = "tests.test_allocate_command:Net"
@@ -65,7 +65,7 @@ def test_table(array: Path, tmp_path: Path) -> None:
     assert (tmp_path / "bits.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_options(array: Path) -> None:
+def test_options(array: Path, tmp_path: Path) -> None:
     result = run(
         NET, array, "--json", "--size", 0.0006, "--bitops", 1e-3, "--candidates", "3,4,7", "--score", "weight_mse",
         "--group", "0,4", "--asymmetric", "--group-size", 1, "--samples", 4, "--batch", 2,
@@ -85,6 +85,44 @@ def test_options(array: Path) -> None:
     assert json.loads(result.stdout) == expected.bits
     pinned = run(NET, array, "--json", "--budget", 12, "--pin", "0=keep", "--pin", "4=3")
     assert json.loads(pinned.stdout) == {"4": 3}
+    assert set(json.loads(run(NET, array, "--json", "--budget", 8, "--layers", "4").stdout)) == {"4"}
+    wide = run(
+        NET, array, "--budget", 20, "--per-tap", "--bitops", 1e-4, "--activation-bits", 8, "-o", tmp_path / "x.json"
+    )
+    assert wide.exit_code == 0, wide.output
+    made = Allocation.load(tmp_path / "x.json")
+    assert made.quantizer == Quantizer(per_tap=True)
+    assert made.provenance["budget"] == {"average_bits": 20, "size": None, "bitops": 1e5, "activation_bits": 8}
+
+
+def test_activations(array: Path, tmp_path: Path) -> None:
+    weights = allocate(Net().eval(), torch.from_numpy(X), 8)
+    result = run(
+        NET, array, "--bitops", 9e-5, "--candidates", "2,4,8", "--score", "relevance", "--composite", "epsilon",
+        "--batch", 4, "--weights", weights.save(tmp_path / "weights.json"), "-o", tmp_path / "bits.json",
+        "-o", tmp_path / "bits.png", command="allocate-activations",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    expected = allocate_activations(
+        Net().eval(), torch.from_numpy(X), Budget(bitops=9e4), (2, 4, 8), weights=weights, score="relevance",
+        composite="epsilon",
+    )  # fmt: skip
+    for row in expected.table:
+        line = next(line.split() for line in result.stdout.splitlines() if line.startswith(f"{row.activation} "))
+        assert line[:4] == [
+            row.activation, f"{row.multiplications:,.0f}", str(row.bits), "\N{FULL BLOCK}" * row.bits
+        ]  # fmt: skip
+        assert float(line[4]) == pytest.approx(row.cost, rel=1e-2)
+    assert f"{expected.average_bits:.3f} bits over multiplications" in result.stdout
+    assert "score relevance, 6 samples; solution: exact" in result.stdout
+    assert Activations.load(tmp_path / "bits.json").bits == expected.bits
+    assert (tmp_path / "bits.png").read_bytes().startswith(b"\x89PNG")
+    pins = ["--pin", "0:*=8", "--pin", "4:*=4", "--group", "0:input,4:input"]
+    torn = run(NET, array, *pins, command="allocate-activations")
+    assert torn.exit_code == 2
+    assert "must share bits" in torn.output
+    plain = run(NET, array, "--json", "--pin", "0:*=keep", command="allocate-activations")
+    assert json.loads(plain.stdout) == {"4:input": 6}
 
 
 @pytest.mark.parametrize(
@@ -195,6 +233,28 @@ def test_a_folder_of_transformers_with_texts(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["classifier"] == 8
     with pytest.raises(InputError, match="need a tokenizer"):
         load_calibration([tmp_path / "texts.txt"])
+
+
+def test_padding_does_not_count(tmp_path: Path) -> None:
+    """The allocation is that with the mask as weights of positions."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    model = BertForMaskedLM(config).eval()
+    model.save_pretrained(tmp_path)
+    ids, mask = torch.arange(24).reshape(3, 8) % 8, torch.arange(8) < torch.tensor([[3], [8], [5]])
+    data = {"input_ids": ids, "attention_mask": mask.long()}
+    np.savez(tmp_path / "x.npz", **data)
+    result = run(tmp_path, tmp_path / "x.npz", "--budget", 9, "-o", tmp_path / "bits.json")
+    assert result.exit_code == 0, result.output
+    found = Allocation.load(tmp_path / "bits.json").costs
+    masked = allocate(model, data, 9, divergence=Divergence("softmax", lambda inputs: inputs["attention_mask"])).costs
+    assert torch.allclose(found, masked, rtol=1e-6)
+    assert not torch.allclose(found, allocate(model, data, 9).costs, rtol=1e-2)
 
 
 def test_what_is_no_calibration(tmp_path: Path) -> None:

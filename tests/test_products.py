@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynlrp import Budget, BudgetError, InputError, relevance
-from dynlrp.allocation import Activations, Divergence, allocate_activations, find_layers
+from dynlrp.allocation import OPERAND_SCORES, Activations, Divergence, allocate_activations, find_layers
 from dynlrp.allocation.products import multiplied
 from tests.conftest import close
 from tests.oracle import draw
+from tests.test_state import unchanged
 
 X = draw(4, 4, 5, 8)
 BITS = (2, 4, 8)
@@ -133,7 +134,7 @@ def test_costs_are_squared_gradients_times_errors() -> None:
                 error = rounded(value, *limits[name], bits) - value
                 expected[name][bits] += float((grad * error).square().sum()) / len(X)
     for name in names():
-        assert found.costs[name] == pytest.approx(expected[name], rel=1e-9)
+        assert costs(found, name) == pytest.approx(expected[name], rel=1e-9)
 
 
 @pytest.mark.parametrize("target", [1, lambda output: output[:, 1]])
@@ -161,7 +162,12 @@ def test_costs_by_relevance(target: Any) -> None:
     assert expected["attention:value"][2] > 0
     assert expected["attention:query"][2] == 0  # no relevance passes the weights of attention in CP-LRP
     for name in names():
-        assert found.costs[name] == pytest.approx(expected[name], rel=1e-9)
+        assert costs(found, name) == pytest.approx(expected[name], rel=1e-9)
+
+
+def costs(found: Activations, name: str) -> dict[int, float]:
+    row = found.scores.mean[found.scores.layers.index(name)]
+    return dict(zip(found.scores.candidates, row.tolist(), strict=True))
 
 
 def operations(choice: dict[str, int], weights: dict[str, int]) -> float:
@@ -181,7 +187,7 @@ def test_the_best_of_all_choices(limit: float) -> None:
     for bits in itertools.product(BITS, repeat=len(names())):
         choice = dict(zip(names(), bits, strict=True))
         if operations(choice, weights) <= limit:
-            best = min(best, sum(found.costs[name][b] for name, b in choice.items()))
+            best = min(best, sum(costs(found, name)[b] for name, b in choice.items()))
     assert math.isfinite(best)
     assert found.cost == pytest.approx(best, rel=1e-5)
     assert found.bitops == pytest.approx(operations(found.bits, weights))
@@ -228,29 +234,250 @@ def test_grouped_queries() -> None:
     close(output, Grouped()(X), 1e-12)
 
 
-def test_what_cannot_be_reached_is_refused() -> None:
-    class Hidden(nn.Module):
+class Calls(nn.Module):
+    """A function of the input and of a weight that no layer holds."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(draw(5, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("function", "names", "count"),
+    [
+        (lambda x, w: torch.einsum("b i j, bkj -> bik", x, x), ["left", "right"], 4 * 5 * 5 * 8),
+        (lambda x, w: torch.einsum("...ij,...kj", x, x[:1]), ["left", "right"], 4 * 5 * 5 * 8),
+        (lambda x, w: torch.einsum(x, [0, 1, 2], x, [0, 3, 2]), ["left", "right"], 4 * 5 * 5 * 8),
+        (lambda x, w: torch.einsum("bij,jk->bk", x, w), ["input"], 4 * 5 * 8 * 8),
+        (lambda x, w: torch.baddbmm(x.mean() * torch.ones(4, 5, 5, dtype=x.dtype), x, x.mT, beta=0.5),
+         ["left", "right"], 4 * 5 * 5 * 8),
+        (lambda x, w: torch.addmm(w[0], x[0], w), ["input"], 5 * 8 * 8),
+        (lambda x, w: x[0].mm(x[1].mT), ["left", "right"], 5 * 5 * 8),
+        (lambda x, w: torch.matmul(input=w, other=x.mT), ["input"], 4 * 8 * 8 * 5),
+        (lambda x, w: F.linear(x, w), ["input"], 4 * 5 * 8 * 8),
+        (lambda x, w: F.linear(x, w.softmax(0)), ["input"], 4 * 5 * 8 * 8),
+        (lambda x, w: F.conv1d(x.mT, w[:, :, None]), ["input"], 4 * 5 * 8 * 8),
+        (lambda x, w: torch.einsum("bij->bi", x), [], 0),
+        (lambda x, w: w @ w, [], 0),
+    ],
+)  # fmt: skip
+def test_products_without_a_layer(function: Callable[[Tensor, Tensor], Tensor], names: list[str], count: int) -> None:
+    """Rounded operands are what the function is given: all products here are linear in each."""
+    model = Calls(function).double()
+    seen: list[str] = []
+
+    def double(name: str, x: Tensor) -> Tensor:
+        seen.append(name)
+        return 2 * x
+
+    with multiplied(model, {}, double) as found:
+        made = model(X)
+    assert seen == [f":{name}" for name in names]
+    assert [(product.activations, product.multiplications) for product in found] == (
+        [(tuple(seen), count)] if names else []
+    )
+    if function.__code__.co_names[:2] != ("torch", "baddbmm") and "addmm" not in function.__code__.co_names:
+        close(made, 2 ** len(names) * model(X), 1e-12)
+    else:
+        assert not torch.equal(made, model(X))
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_multihead_attention(need_weights: bool, masked: bool) -> None:
+    """With projections, scores and weights written out."""
+
+    class Inside(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = nn.MultiheadAttention(8, 2, batch_first=True)
+            torch.manual_seed(0)
+            self.inner, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x, x, x)[0].mean(1)
+            hidden = self.inner(x, x, x, need_weights=need_weights, attn_mask=MASK.double().log() if masked else None)
+            return self.head(hidden[0].mean(1))
 
-    class Einsum(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.einsum("bij,bkj->bik", x, x).mean(1)
+    net = Inside().double().eval()
+    found = allocate_activations(net, X, 5.5, BITS, batch_size=3)
+    sides = ("left", "right", "left:1", "right:1") if need_weights else ("query", "key", "weights", "value")
+    names = ["inner:input", *(f"inner:{side}" for side in sides), "inner:input:1", "head:input"]
+    assert list(found.bits) == names
+    assert len(set(found.bits.values())) > 1
 
-    for model, name in ((Hidden(), "multi_head_attention_forward"), (Einsum(), "einsum")):
-        whole = nn.Sequential(nn.Linear(8, 8), model).eval()
-        with pytest.raises(InputError, match=f"inside {name}"):
-            allocate_activations(whole, X.float())
+    def by_hand(change: Callable[[str, Tensor], Tensor]) -> Tensor:
+        at = net.inner
+        every = F.linear(change(names[0], X), at.in_proj_weight, at.in_proj_bias).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in every)
+        scale = math.sqrt(1 / 4)  # of the queries before they are rounded, or of the scores behind
+        scores = change(names[1], q * scale if need_weights else q) @ change(names[2], k.mT)
+        scores = scores * (1 if need_weights else scale)
+        scores = scores + MASK.double().log() if masked else scores
+        heads = change(names[3], scores.softmax(-1)) @ change(names[4], v)
+        hidden = F.linear(change(names[5], heads.transpose(1, 2).flatten(2)), at.out_proj.weight, at.out_proj.bias)
+        return net.head(change(names[6], hidden.mean(1)))
+
+    close(by_hand(lambda name, x: x).detach(), net(X).detach(), 1e-12)
+    limits = found.ranges
+    with found.simulated(net):
+        output = net(X)
+    expected = by_hand(lambda name, x: rounded(x, limits[name].low, limits[name].high, found.bits[name]))
+    close(output.detach(), expected.detach())
+    # Tokens come before samples inside, and still each sample has its own.
+    one, three = (
+        allocate_activations(net, X, 5, BITS, score="gauss_newton", batch_size=size).scores for size in (1, 3)
+    )
+    close(one.mean, three.mean, 1e-9)
+    close(one.error, three.error, 1e-9)
+    row = {row.activation: row.multiplications for row in found.table}
+    assert [row[name] for name in names] == [5 * 8 * 24, *[2 * 5 * 5 * 4] * 4, 5 * 8 * 8, 8 * 3]
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda x, w: torch.einsum("bij,bkj,bkl->bil", x, x, x), "einsum"),
+        (lambda x, w: torch.tensordot(x, x, 3)[None], "tensordot"),
+        (lambda x, w: F.bilinear(x, x, w), "bilinear"),
+    ],
+)
+def test_what_cannot_be_reached_is_refused(function: Callable[[Tensor, Tensor], Tensor], name: str) -> None:
+    model = Calls(function).double()
+    with pytest.raises(InputError, match=f"inside {name}"):
+        allocate_activations(model, X, layers=())
+
+
+def test_groups_and_pins() -> None:
+    net, inputs = Net(), [f"attention.{name}:input" for name in ("query", "key", "value")]
+    free = allocate_activations(net, X, 5.5, BITS)
+    assert len({free.bits[name] for name in inputs}) > 1
+    groups = [[f"*.{name}:input" for name in ("query", "key", "value")], ("attention:key", "attention:value")]
+    for budget in (Budget(average_bits=5.5), Budget(bitops=70_000.0)):
+        found = allocate_activations(net, X, budget, BITS, groups=groups, pinned={"head:*": None, "*:weights": 8})
+        assert len({found.bits[name] for name in inputs}) == 1
+        assert found.bits["attention:key"] == found.bits["attention:value"]
+        assert found.bits["attention:weights"] == 8
+        assert "head:input" not in found.bits
+        assert found.provenance["groups"] == [inputs, ["attention:key", "attention:value"]]
+        best = math.inf
+        for shared, key, query in itertools.product(BITS, repeat=3):
+            choice = {**dict.fromkeys(inputs, shared), "attention:query": query, "attention:key": key,
+                      "attention:weights": 8, "attention:value": key}  # fmt: skip
+            sizes = dict.fromkeys(choice, 200) | dict.fromkeys(inputs, 320)
+            average = sum(sizes[name] * b for name, b in choice.items()) / sum(sizes.values())
+            used = operations({**choice, "head:input": 16}, {})
+            if average <= (budget.average_bits or 8) and used <= (budget.bitops or math.inf):
+                best = min(best, sum(costs(found, name)[b] for name, b in choice.items()))
+        assert found.cost == pytest.approx(best, rel=1e-6)
+        assert math.isfinite(best)
+        assert found.bitops == pytest.approx(operations({**found.bits, "head:input": 16}, {}))
+        expected = by_hand(
+            net, X, lambda n, x, f=found: rounded(x, f.ranges[n].low, f.ranges[n].high, f.bits[n]) if n in f.bits else x
+        )
+        with found.simulated(net):
+            close(net(X).detach(), expected.detach())
+    with pytest.raises(InputError, match="no activation is called 'nothing'"):
+        allocate_activations(net, X, 5, BITS, groups=[("nothing",)])
+    with pytest.raises(InputError, match="nothing to allocate"):
+        allocate_activations(net, X, 5, BITS, pinned={"*": None})
+
+
+def test_too_many_choices_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynlrp.allocation.operands.MOST", 8)
+    with pytest.raises(InputError, match="bits of 2 activations, from 'attention:query' to 'attention:key'"):
+        allocate_activations(Net(), X, Budget(bitops=25_000.0), BITS)
+    allocate_activations(Net(), X, 5, BITS)
+
+
+@pytest.mark.parametrize("score", ["gauss_newton", "fisher", "noise", "measured", "gradient_x_input", "uniform"])
+def test_other_scores(score: str) -> None:
+    """Sample by sample; the standard error too."""
+    net, divergence = Net(), Divergence("squared")
+    found = allocate_activations(net, X, 5, BITS, score=score, divergence=divergence, seed=3, target=1, batch_size=3)
+    generator, limits = torch.Generator().manual_seed(3), ranges(net, X)
+    rows = []
+    for x in X.split(1):
+        taken: dict[str, Tensor] = {}
+
+        def take(name: str, x: Tensor, taken: dict[str, Tensor] = taken) -> Tensor:
+            taken[name] = x.clone() if x.requires_grad else x.clone().requires_grad_()
+            return taken[name]
+
+        output = by_hand(net, x, take)
+        start = divergence.probe(output, generator)
+        if score == "gradient_x_input":
+            start = torch.tensor([[0.0, 1, 0]], dtype=x.dtype)
+        grads = torch.autograd.grad((output * start).sum(), list(taken.values()))
+        every = sum(float((g * a).abs().sum()) for g, a in zip(grads, taken.values(), strict=True))
+        row = []
+        for (name, a), g in zip(taken.items(), grads, strict=True):
+            for bits in BITS:
+                da = rounded(a, *limits[name], bits) - a
+                noise = float(da.square().sum() / a.square().sum())
+                if score == "measured":
+                    other = by_hand(net, x, lambda n, x, c=name, b=bits: rounded(x, *limits[n], b) if n == c else x)
+                    row.append(float((other - output).square().sum()) / 2)
+                elif score == "uniform":
+                    sizes = dict.fromkeys(names(), 200) | dict.fromkeys(names()[:3], 320) | {"head:input": 24}
+                    row.append(sizes[name] / 4**bits)
+                else:
+                    row.append({
+                        "gauss_newton": float((g * da).sum()) ** 2,
+                        "fisher": float(g.square().mean() * da.square().sum()),
+                        "noise": noise,
+                        "gradient_x_input": float((g * a).abs().sum()) / every * noise,
+                    }[score])  # fmt: skip
+        rows.append(row)
+    expected = torch.tensor(rows, dtype=torch.float64).reshape(len(X), -1, len(BITS))
+    close(found.scores.mean, expected.mean(0), 1e-9)
+    assert found.scores.count == (1 if score == "uniform" else len(X))
+    if score != "uniform":
+        close(found.scores.error, expected.std(0) / math.sqrt(len(X)), 1e-9)
+        row = found.table[0]
+        assert row.low < row.cost < row.high
+        assert row.cost == costs(found, row.activation)[row.bits]
+
+
+def test_random_differs_by_seed() -> None:
+    one, two, same = (
+        allocate_activations(Net(), X, 5, BITS, score="random", seed=seed).scores.mean for seed in (0, 1, 0)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, two)
+
+
+def test_plot() -> None:
+    found = allocate_activations(Net(), X, 5, BITS)
+    left, right = found.plot("Net").axes
+    assert [label.get_text() for label in left.get_yticklabels()] == names()
+    assert [bar.get_width() for bar in left.patches] == list(found.bits.values())
+    assert [bar.get_width() for bar in right.patches] == [row.cost for row in found.table]
+    assert right.get_title(loc="left") == "cost by error"
+
+
+def test_the_model_stays_as_it_is() -> None:
+    net = Net().float()
+    for score in OPERAND_SCORES:
+        with unchanged(net, X.float()):
+            allocate_activations(net, X.float(), 5, BITS, score=score)
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
     found = allocate_activations(Net(), X, 5, BITS)
     path = found.save(tmp_path / "bits.json")
-    assert Activations.load(path) == found
+    loaded = Activations.load(path)
+    for field in ("bits", "ranges", "table", "cost", "average_bits", "bitops", "layers", "provenance"):
+        assert getattr(loaded, field) == getattr(found, field), field
+    assert torch.equal(loaded.scores.mean, found.scores.mean)
+    assert torch.equal(loaded.scores.error, found.scores.error)
+    net = Net()
+    with found.simulated(net):
+        expected = net(X)
+    with loaded.simulated(net):
+        assert torch.equal(net(X), expected)
     path.write_text('{"bits": {}}')
     with pytest.raises(InputError, match="does not hold what"):
         Activations.load(path)
@@ -258,8 +485,8 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 
 def test_errors() -> None:
     net = Net()
-    with pytest.raises(InputError, match="score is one of error, relevance"):
-        allocate_activations(net, X, score="luck")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no score of activations is called 'luck'; there are error, "):
+        allocate_activations(net, X, score="luck")
     with pytest.raises(InputError, match="no part of the model's size"):
         allocate_activations(net, X, Budget(size=100))
     with pytest.raises(InputError, match="from 2 to 8 bits"):

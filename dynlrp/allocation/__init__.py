@@ -10,11 +10,13 @@ from dynlrp.allocation.budget import Budget
 from dynlrp.allocation.calibration import Calibration
 from dynlrp.allocation.divergence import Divergence
 from dynlrp.allocation.layers import Layer, find_layers, left_out
-from dynlrp.allocation.operands import Activations, allocate_activations
+from dynlrp.allocation.operand_scores import OPERAND_SCORES
+from dynlrp.allocation.operands import Activations, Operand, allocate_activations
 from dynlrp.allocation.quantizer import Quantizer, quantized
 from dynlrp.allocation.scores import SCORES, Score, Scores, Task, measure, score
 
 __all__ = [
+    "OPERAND_SCORES",
     "SCORES",
     "Activations",
     "Allocation",
@@ -22,6 +24,7 @@ __all__ = [
     "Calibration",
     "Divergence",
     "Layer",
+    "Operand",
     "Quantizer",
     "Row",
     "Score",

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynlrp._version import __version__
 from dynlrp.allocation.budget import Budget, make_limits, unquantized_size
 from dynlrp.allocation.calibration import Calibration
 from dynlrp.allocation.convert.torchao import torchao_config
@@ -21,8 +20,9 @@ from dynlrp.allocation.divergence import Divergence, Kind
 from dynlrp.allocation.groups import Groups, make_groups, make_pins, pin_groups
 from dynlrp.allocation.layers import Layer, find_layers
 from dynlrp.allocation.noise import costs
+from dynlrp.allocation.provenance import made_from
 from dynlrp.allocation.quantizer import Quantizer, rounded, widths_of
-from dynlrp.allocation.scores import DEFAULT, Noise, Scores, Task, measure
+from dynlrp.allocation.scores import DEFAULT, Noise, Scores, Task, measure, scores_from_dict, scores_to_dict
 from dynlrp.allocation.solver import check, solve
 from dynlrp.composite import Composite
 from dynlrp.errors import InputError
@@ -96,7 +96,6 @@ class Allocation:
 
     def save(self, path: str | Path) -> Path:
         """Write everything but the model as JSON; returns the path."""
-        scores = self.scores
         data = {
             "bits": self.bits,
             "average_bits": self.average_bits,
@@ -104,15 +103,7 @@ class Allocation:
             "cost": self.cost,
             "quantizer": asdict(self.quantizer),
             "layers": [row._asdict() for row in self.table],
-            "scores": {
-                "name": scores.name,
-                "noise": scores.noise,
-                "samples": scores.count,
-                "candidates": scores.candidates,
-                "mean": scores.mean.tolist(),
-                "error": scores.error.tolist(),
-                "costs": self.costs.tolist(),
-            },
+            "scores": {**scores_to_dict(self.scores), "costs": self.costs.tolist()},
             "provenance": self.provenance,
         }
         path = Path(path)
@@ -124,19 +115,11 @@ class Allocation:
         """Read what :meth:`save` wrote; ``model`` is what :meth:`apply` then takes by default."""
         try:
             data = json.loads(Path(path).read_text("utf-8"))
-            scores, table = data["scores"], [Row(**row) for row in data["layers"]]
+            table = [Row(**row) for row in data["layers"]]
             return cls(
                 bits=data["bits"],
-                scores=Scores(
-                    scores["name"],
-                    tuple(row.layer for row in table),
-                    tuple(scores["candidates"]),
-                    torch.tensor(scores["mean"], dtype=torch.float64),
-                    torch.tensor(scores["error"], dtype=torch.float64),
-                    scores["samples"],
-                    scores["noise"],
-                ),
-                costs=torch.tensor(scores["costs"], dtype=torch.float64),
+                scores=scores_from_dict(data["scores"], [row.layer for row in table]),
+                costs=torch.tensor(data["scores"]["costs"], dtype=torch.float64),
                 table=table,
                 cost=data["cost"],
                 average_bits=data["average_bits"],
@@ -242,8 +225,9 @@ def allocate(
     """
     widths = widths_of(candidates)
     found = find_layers(model, layers)
-    pins = make_pins(found, pinned or {})
-    grouped = pin_groups(make_groups(found, groups), pins)
+    aliases = {name: layer.modules for name, layer in found.items()}
+    pins = make_pins(aliases, pinned or {})
+    grouped = pin_groups(make_groups(aliases, groups), pins)
     if not grouped:
         raise InputError("every layer is pinned to None, so there is nothing to allocate")
     task = Task(
@@ -284,19 +268,7 @@ def allocate(
         quantizer=task.quantizer,
         average_bits=_bits(task, chosen) / sum(layer.weights for layer in task.layers.values()),
         size=_bits(task, chosen) / 8 + unquantized_size(model, task.layers),
-        provenance={
-            "dynlrp": __version__,
-            "torch": torch.__version__,
-            "model": f"{type(model).__module__}.{type(model).__qualname__}",
-            "budget": asdict(budget),
-            "candidates": list(widths),
-            "groups": [names for names, _ in grouped if len(names) > 1],
-            "pinned": pins,
-            "composite": composite if isinstance(composite, str) else composite.name,
-            "divergence": task.divergence.kind,
-            "seed": seed,
-            "solver": {"method": solution.method, "gap": solution.gap},
-        },
+        provenance=made_from(task, budget, widths, [names for names, _ in grouped], pins, solution),
         model=model,
     )
 

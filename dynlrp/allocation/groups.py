@@ -1,4 +1,4 @@
-"""Layers that must share bits, by names and globs."""
+"""Layers or activations that must share bits, by names and globs."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import translate
 
-from dynlrp.allocation.layers import Layer
 from dynlrp.allocation.quantizer import WIDTHS
 from dynlrp.errors import InputError
 from dynlrp.names import matching
 
 Groups = Iterable[Sequence[str]]
-"""Each entry lists names of layers that share bits. Where names are globs, layers whose stars stand for the same text
+"""Each entry lists names of those that share bits. Where names are globs, those whose stars stand for the same text
 share: ``("*.query", "*.key", "*.value")`` makes a group in every block."""
+Aliases = Mapping[str, Iterable[str]]
+"""What gets bits, by name, with all names that it may be called by."""
 
 
-def make_groups(layers: Mapping[str, Layer], groups: Groups) -> list[list[str]]:
-    """All layers by group, in order; a layer that no entry names is a group of its own."""
-    leader = {name: name for name in layers}
+def make_groups(named: Aliases, groups: Groups, kind: str = "layer") -> list[list[str]]:
+    """All by group, in order; what no entry names is a group of its own."""
+    leader = {name: name for name in named}
 
     def lead(name: str) -> str:
         while leader[name] != name:
@@ -30,18 +31,18 @@ def make_groups(layers: Mapping[str, Layer], groups: Groups) -> list[list[str]]:
             raise InputError(f"a group is a list of names, not the text {entry!r}")
         first: dict[tuple[str, ...], str] = {}
         for pattern in entry:
-            for name, alias in _named(layers, pattern).items():
+            for name, alias in _fitting(named, pattern, kind).items():
                 leader[lead(name)] = lead(first.setdefault(_stars(pattern, alias), name))
     made: dict[str, list[str]] = {}
-    for name in layers:
+    for name in named:
         made.setdefault(lead(name), []).append(name)
     return list(made.values())
 
 
-def _named(layers: Mapping[str, Layer], pattern: str) -> dict[str, str]:
-    """Layers that a glob fits, each with the first of its names that does."""
-    owner = {alias: name for name, layer in layers.items() for alias in layer.modules}
-    found = matching(pattern, owner, "layer")
+def _fitting(named: Aliases, pattern: str, kind: str) -> dict[str, str]:
+    """Those that a glob fits, each with the first of its names that does."""
+    owner = {alias: name for name, aliases in named.items() for alias in aliases}
+    found = matching(pattern, owner, kind)
     return {owner[alias]: alias for alias in reversed(found)}
 
 
@@ -54,13 +55,13 @@ def _stars(pattern: str, name: str) -> tuple[str, ...]:
     return found.groups()
 
 
-def make_pins(layers: Mapping[str, Layer], pinned: Mapping[str, int | None]) -> dict[str, int | None]:
-    """The bits of pinned layers, by name: None for those that stay as they are. The last entry that fits counts."""
+def make_pins(named: Aliases, pinned: Mapping[str, int | None], kind: str = "layer") -> dict[str, int | None]:
+    """The bits of what is pinned, by name: None for what stays as it is. The last entry that fits counts."""
     pins: dict[str, int | None] = {}
     for pattern, bits in pinned.items():
         if bits is not None and bits not in WIDTHS:
             raise InputError(f"{pattern!r} is pinned to {bits} bits; it can have {WIDTHS[0]} to {WIDTHS[-1]}, or None")
-        pins.update(dict.fromkeys(_named(layers, pattern), bits))
+        pins.update(dict.fromkeys(_fitting(named, pattern, kind), bits))
     return pins
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -145,6 +145,24 @@ class Scores:
         """Bounds of the mean over all samples of this kind, by the normal approximation."""
         reach = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
         return self.mean - reach * self.error, self.mean + reach * self.error
+
+
+def scores_to_dict(scores: Scores) -> dict[str, Any]:
+    """For JSON; without the names of layers."""
+    return {
+        "name": scores.name,
+        "noise": scores.noise,
+        "samples": scores.count,
+        "candidates": scores.candidates,
+        "mean": scores.mean.tolist(),
+        "error": scores.error.tolist(),
+    }
+
+
+def scores_from_dict(data: Mapping[str, Any], layers: Iterable[str]) -> Scores:
+    """What :func:`scores_to_dict` made."""
+    mean, error = (torch.tensor(data[key], dtype=torch.float64) for key in ("mean", "error"))
+    return Scores(data["name"], tuple(layers), tuple(data["candidates"]), mean, error, data["samples"], data["noise"])
 
 
 def find_score(name: str) -> Score:
