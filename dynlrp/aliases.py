@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -83,52 +84,47 @@ class Aliases(TorchFunctionMode):
         return self._stand_ins.get(id(parameter), parameter)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        hooks = _saving()
+        hooks, multiplies = _saving(), func in PRODUCTS
         if hooks != self._hooks:
             self.reruns = True
-        if not self._meets(func, args) and not self._meets(func, kwargs.values()):
+        if kwargs is None:
+            kwargs = {}
+        if not self._meets(args, multiplies) and not (kwargs and self._meets(kwargs.values(), multiplies)):
             return func(*args, **kwargs)
         if getattr(func, "__name__", "") in ("__get__", "__set__") or not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        frozen = multiplies and self._signal((*args, *kwargs.values()))
+        inside = self._attached and hooks is not None and hooks[0].__module__ == CHECKPOINT
         summands = SUMMANDS.get(func, ())
-        multiplies = func in PRODUCTS
-        checkpointed = self._attached and hooks is not None and hooks[0].__module__ == CHECKPOINT
+        args = [self._swap(value, place in summands, frozen, inside) for place, value in enumerate(args)]
+        return func(*args, **{key: self._swap(value, key in summands, frozen, inside) for key, value in kwargs.items()})
 
-        def stand_in(place: int | str, value: Any) -> Any:
-            number = id(value)
-            frozen, summed = number in self._stand_ins, place in summands
-            if not frozen and not (multiplies and self._is_view(value)):
-                return value
-            if multiplies and not summed and number not in self._wanted and self._signal((*args, *kwargs.values())):
-                return value if frozen else value.detach()
-            if not frozen:
-                return value
-            if not checkpointed or summed:
-                return self._stand_ins[number]
-            if number not in self._wanted:
-                return value
-            raise InputError(
-                f"parameter {self._wanted[number]!r} is frozen and used inside a checkpoint, which your backward() "
-                f"runs again: with create_graph=True it has no relevance of its own. Let it require grad, leave it "
-                f"out of parameters=, or switch checkpointing off (model.gradient_checkpointing_disable())."
-            )
+    def _swap(self, value: Any, summed: bool, frozen: bool, checkpointed: bool) -> Any:
+        """What a function gets for an argument. ``frozen``: factors stay so."""
+        if isinstance(value, tuple | list):
+            swapped = [self._swap(v, summed, frozen, checkpointed) for v in value]
+            return value if all(map(operator.is_, swapped, value)) else type(value)(swapped)
+        number = id(value)
+        stand_in = self._stand_ins.get(number)
+        if frozen and not summed and number not in self._wanted:
+            return value.detach() if stand_in is None and self._is_view(value) else value
+        if stand_in is None or not checkpointed or summed:
+            return value if stand_in is None else stand_in
+        if number not in self._wanted:
+            return value
+        raise InputError(
+            f"parameter {self._wanted[number]!r} is frozen and used inside a checkpoint, which your backward() runs "
+            f"again: with create_graph=True it has no relevance of its own. Let it require grad, leave it out of "
+            f"parameters=, or switch checkpointing off (model.gradient_checkpointing_disable())."
+        )
 
-        def swap(place: int | str, value: Any) -> Any:
-            if isinstance(value, tuple | list) and self._meets(func, value):
-                return type(value)(stand_in(place, v) for v in value)
-            return stand_in(place, value)
-
-        args, kwargs = tuple(swap(i, a) for i, a in enumerate(args)), {k: swap(k, v) for k, v in kwargs.items()}
-        return func(*args, **kwargs)
-
-    def _meets(self, func: Any, values: Iterable[Any]) -> bool:
+    def _meets(self, values: Iterable[Any], multiplies: bool) -> bool:
         """Whether something has to be replaced."""
-        stand_ins, multiplies = self._stand_ins, func in PRODUCTS
+        stand_ins = self._stand_ins
         for value in values:
             if id(value) in stand_ins or (multiplies and self._is_view(value)):
                 return True
-            if isinstance(value, tuple | list) and self._meets(func, value):
+            if isinstance(value, tuple | list) and self._meets(value, multiplies):
                 return True
         return False
 
