@@ -117,6 +117,9 @@ class LiveStep:
             self._values[key] = value
         return value
 
+    def zeros(self, like: Tensor) -> Tensor:
+        return self._walk.zeros(like)
+
     def forget(self) -> None:
         """Let go of what was taken."""
         self._values.clear()
@@ -214,6 +217,7 @@ class Walk:
         """The first sequence number of what the current step records."""
         self._live: dict[int, LiveStep] = {}
         self._slots: dict[int, list[Tensor | None]] = {}
+        self._zeros: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
 
     def settle(self, edges: Sequence[Edge]) -> None:
         """Find a keeper for every promise, those for the values of ``edges`` among them, or raise
@@ -284,6 +288,14 @@ class Walk:
         """Let go of what was settled, which knows this walk."""
         self._live.clear()
         self._slots.clear()
+        self._zeros.clear()
+
+    def zeros(self, like: Tensor) -> Tensor:
+        """Zeros that nobody writes into, made once for each shape."""
+        key = (like.shape, like.dtype, like.device)
+        if key not in self._zeros:
+            self._zeros[key] = like.new_zeros(like.shape)
+        return self._zeros[key]
 
     def _run(self, seed: Tensor, root: Edge, keep: Sequence[Edge]) -> dict[Edge, Tensor]:
         arrived: dict[Edge, Tensor] = {}

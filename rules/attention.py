@@ -54,10 +54,7 @@ class Attention(Rule):
         output = grads[0]
         if output is None:
             return [None] * len(step.wants)
-        own = _twice(step, output, step.vjp(grads)) if torch.is_grad_enabled() else step.vjp(grads)
         query, key, value = step.signals[:3]
-        if not (query or key or value):  # weights alone lie behind it
-            return own
         scores = self.scores if value and (query or key) else float(not value)
         both = query and key
         shares = [
@@ -66,28 +63,36 @@ class Attention(Rule):
             1 - scores,
             scores,
         ]
+        if not (query or key or value):  # weights alone lie behind it
+            shares = [1.0] * 4
+        # What goes in is scaled once, for all results that have the smallest share.
+        common = min(share for share in shares if share)
+        g = output if common == 1 else output * common
+        own = step.vjp([g, *grads[1:]])
+        own = _twice(step, g, own) if torch.is_grad_enabled() else own
+        if query or key or value:
+            self._book(step, output, own, scores, common)
         results: list[Tensor | None] = [None] * len(step.wants)
-        self._book(step, output, own, scores)
         for position, (m, share) in enumerate(zip(own, shares, strict=False)):
             if m is not None and step.wants[position] and share:
-                results[position] = m.mul_(share)
+                results[position] = m if share == common else m.mul_(share / common)
         return results
 
-    def _book(self, step: Step, output: Tensor, own: Sequence[Tensor | None], scores: float) -> None:
+    def _book(self, step: Step, output: Tensor, own: Sequence[Tensor | None], scores: float, common: float) -> None:
         """What softmax does not conserve. The values' own share is sum(m O) and queries and keys have the same,
-        sum(m_S S), so one of them tells the scores' share."""
+        sum(m_S S), so one of them tells the scores' share. ``own`` are multipliers times ``common``."""
         if not scores:
             return
         side = 0 if step.signals[0] else 1
         through = own[side]
         if through is None:
             return
-        offset = dot(output, step.saved("output")) - dot(through, step.saved(step.operation.saved[side]))
+        passed = dot(through, step.saved(step.operation.saved[side]))
         bias = own[3] if len(own) > 3 and step.wants[3] else None
         if bias is not None:
             mask = step.saved(step.operation.saved[3])  # infinite where nothing passes
-            offset = offset - dot(bias, torch.where(bias == 0, 0.0, mask))
-        step.book("offsets", scores * offset)
+            passed = passed + dot(bias, torch.where(bias == 0, 0.0, mask))
+        step.book("offsets", torch.sub(scores * dot(output, step.saved("output")), passed, alpha=scores / common))
 
 
 BIASES = {

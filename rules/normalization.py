@@ -101,7 +101,7 @@ class LayerNorm:
         rstd = step.saved("result2")
         # The kernel's own backward at x = mean, where its term for the deviation is zero. It wants x in the dtype of g.
         m: Tensor = torch.ops.aten.native_layer_norm_backward(
-            g, g.new_zeros(()).expand_as(g), step.saved("normalized_shape"), torch.zeros_like(rstd), rstd,
+            g, step.zeros(g), step.saved("normalized_shape"), step.zeros(rstd), rstd,
             step.saved("weight"), None, [True, False, False],
         )[0]  # fmt: skip
         if torch.is_grad_enabled():  # of which autograd's derivative is that at x

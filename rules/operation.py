@@ -79,6 +79,9 @@ class Step(Protocol):
     def output(self, number: int = 0) -> Tensor:
         """The promised value of an output, exact wherever its relevance is not zero."""
 
+    def zeros(self, like: Tensor) -> Tensor:
+        """Zeros in the shape of a tensor, which all operations of a pass share."""
+
     def book(self, account: Account, amount: Tensor) -> None:
         """Enter relevance (a 0-d tensor) that leaves the graph here into the ledger."""
 
