@@ -121,14 +121,9 @@ class Request:
         run, numbers = next(
             pair for pair in replace(self, record=EVERYTHING).forward(release=False) if wanted in pair[1]
         )
-        assert run.recording is not None
-        for node, number, value in run.recorded:
-            operation = REGISTRY.get(node.name())
-            if number < 0 or (operation is not None and operation.copies):
-                continue
-            if bool((torch.isnan(value) | (value == torch.inf)).any()):  # scores may be masked with -inf
-                path = run.recording.path(node._sequence_nr())
-                raise NonFiniteError(f"an activation is not finite first behind {node.name()} in {path or 'the model'}")
+        found = _first_infinite(run)  # no frame of a traceback may hold a node longer than the run, which frees them
+        if found:
+            raise NonFiniteError(f"an activation is not finite first behind {found}")
         place = numbers.index(wanted)
         if not bool(torch.isfinite(run.values[place]).all()):
             raise NonFiniteError("the explained output is not finite")
@@ -167,6 +162,18 @@ class Request:
                     names[name] = everything[name]
                     found_once.add(id(everything[name]))
         return names
+
+
+def _first_infinite(run: Run) -> str:
+    """Name and place of the first operation whose result is not finite."""
+    assert run.recording is not None
+    for node, number, value in run.recorded:
+        operation = REGISTRY.get(node.name())
+        if number < 0 or (operation is not None and operation.copies):
+            continue
+        if bool((torch.isnan(value) | (value == torch.inf)).any()):  # scores may be masked with -inf
+            return f"{node.name()} in {run.recording.path(node._sequence_nr()) or 'the model'}"
+    return ""
 
 
 def _repeated(given: Sequence[Any], count: int) -> list[Any]:

@@ -28,7 +28,7 @@ from dynlrp.errors import (
 )
 from dynlrp.expansion import Expander, Paths
 from dynlrp.explanation import Explanation
-from dynlrp.graph import CHANGED, FREED, LEAF, Edge, Graph, Node, Structure
+from dynlrp.graph import CHANGED, DEEP, FREED, LEAF, Edge, Graph, Node, Structure
 from dynlrp.ledger import Ledger
 from dynlrp.names import matching
 from dynlrp.options import Options
@@ -478,7 +478,7 @@ class Run:
             value = None if tap is None else found.get(tap.edge)
             return value if value is None or tap is None else tap.show(value)
 
-        return Explanation(
+        explanation = Explanation(
             relevance=self.rebuild(results),
             value=start,
             ledger=ledger,
@@ -489,6 +489,11 @@ class Run:
             axes=self.axes,
             output=self.output,
         )
+        if self.attached and visited > DEEP:
+            for tensor in explanation.everything():
+                if tensor.grad_fn is not None:
+                    Graph(tensor.grad_fn).outlast(tensor.grad_fn)
+        return explanation
 
     def _modules(self) -> tuple[tuple[str, ...], ...]:
         """The same of every node, for a composite that selects by them."""

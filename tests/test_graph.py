@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from dynlrp import COMPOSITES, Composite, When, explain, relevance
+from dynlrp import COMPOSITES, Composite, NonFiniteError, When, explain, relevance
 from dynlrp.graph import Edge, Graph
 from dynlrp.plan import Kind, make_plan
 from dynlrp.roles import roles
@@ -58,14 +59,47 @@ def test_a_chain_of_thousands_of_operations(name: str, composite: str) -> None:
     repr(explanation)
 
 
+def on_a_small_stack(function: Callable[[], None]) -> None:
+    """PyTorch frees what Python has seen of a graph by recursion, which overruns a stack of 8 MiB after some 50,000
+    operations, and this one after a few thousand."""
+    before = threading.stack_size(2**20)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(function).result()
+    finally:
+        threading.stack_size(before)
+
+
 def test_a_deep_graph_in_other_hands_can_be_let_go() -> None:
-    """PyTorch frees what Python has seen of it by recursion, which overruns the stack after some 50,000 operations."""
-    x = X.clone().requires_grad_()
-    output = chain(torch.neg, 3 * DEPTH)(x)
-    close(relevance(output, x).relevance, output.detach())
-    output.sum().backward()
-    close(x.grad, torch.ones_like(x))
-    del output
+    def let_go() -> None:
+        x = X.clone().requires_grad_()
+        output = chain(torch.neg)(x)
+        close(relevance(output, x).relevance, output.detach())
+        output.sum().backward()
+        close(x.grad, torch.ones_like(x))
+        del output
+
+    on_a_small_stack(let_go)
+
+
+def test_a_deep_graph_with_numbers_that_are_not_finite_can_be_let_go() -> None:
+    """The operation at fault is not the last, but most of the others lie behind it."""
+
+    def let_go() -> None:
+        with pytest.raises(NonFiniteError, match="behind MulBackward0"):
+            explain(lambda x: (chain(torch.neg)(x) * torch.inf).relu(), X, 1)
+
+    on_a_small_stack(let_go)
+
+
+def test_deep_relevance_in_a_graph_can_be_let_go() -> None:
+    def let_go() -> None:
+        x = X.clone().requires_grad_()
+        found = explain(lambda x: chain(lambda x: x * 1.0)(x) @ WEIGHT, x, 1, create_graph=True).relevance
+        close(found.detach()[:, 1], X[:, 1] * 1.00001)
+        del found
+
+    on_a_small_stack(let_go)
 
 
 def test_a_stack_of_twenty_thousand_modules() -> None:
