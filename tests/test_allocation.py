@@ -92,7 +92,10 @@ def test_budgets_hold(net: Net) -> None:
     for limit in (2.4e5, 4e5):
         found = allocate(net, X, Budget(bitops=limit, activation_bits=8), score="weight_mse")
         assert sum(8 * counts[n] * b for n, b in found.bits.items()) <= limit
+        used = found.provenance["solver"]["used"]
+        assert used == {"bitops": pytest.approx(sum(8 * counts[n] * b for n, b in found.bits.items()))}
     both = allocate(net, X, Budget(average_bits=7, size=600), score="weight_mse")
+    assert both.provenance["solver"]["used"] == pytest.approx({"average_bits": both.average_bits, "size": both.size})
     assert both.average_bits <= 7
     assert both.size <= 600
 
@@ -176,6 +179,28 @@ def test_apply_rounds_a_copy(net: Net) -> None:
     for name, layer in find_layers(applied).items():
         assert torch.equal(layer.weight, Quantizer().round(find_layers(net)[name], found.bits[name]))
     assert not torch.equal(applied(X), net(X))
+
+
+@pytest.mark.parametrize("name", ["weight_error", "relevance"])
+def test_scores_are_measured_once_for_many_budgets(net: Net, name: str) -> None:
+    first = allocate(net, X, 9, score=name)
+    asked: list[int] = []
+    for budget, candidates in ((5.5, (2, 3, 4, 5, 6, 8)), (7, (3, 4, 8))):
+        again = allocate(net, X, budget, candidates, score=first.scores, progress=asked.append)
+        fresh = allocate(net, X, budget, candidates, score=name)
+        assert again.bits == fresh.bits
+        assert again.cost == pytest.approx(fresh.cost, rel=1e-5)  # sums of float32 for other candidates
+    assert not asked
+    with pytest.raises(InputError, match=r"of these layers or activations, but differ in \['stem'"):
+        allocate(net, X, 9, score=first.scores, pinned={"stem": None})
+    if name == "weight_error":
+        with pytest.raises(InputError, match="not of all of"):
+            allocate(net, X, 9, (2, 7, 8), score=first.scores)
+        with pytest.raises(InputError, match="is a cost of b bits already"):
+            allocate(net, X, 9, score=first.scores, noise="relative")
+    else:
+        absolute = allocate(net, X, 7, score=first.scores, noise="absolute")
+        assert torch.equal(absolute.costs, allocate(net, X, 7, score=name, noise="absolute").costs)
 
 
 def test_plot(net: Net) -> None:

@@ -386,7 +386,7 @@ def test_groups_and_pins() -> None:
 
 
 def test_too_many_choices_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynlrp.allocation.operands.MOST", 8)
+    monkeypatch.setattr("dynlrp.allocation.choices.MOST", 8)
     with pytest.raises(InputError, match="bits of 2 activations, from 'attention:query' to 'attention:key'"):
         allocate_activations(Net(), X, Budget(bitops=25_000.0), BITS)
     allocate_activations(Net(), X, 5, BITS)
@@ -447,6 +447,20 @@ def test_random_differs_by_seed() -> None:
     )
     assert torch.equal(one, same)
     assert not torch.equal(one, two)
+
+
+def test_scores_are_measured_once_for_many_budgets() -> None:
+    net = Net()
+    first = allocate_activations(net, X, 5, BITS)
+    asked: list[int] = []
+    again = allocate_activations(net, X, Budget(bitops=70_000.0), (2, 8), score=first.scores, progress=asked.append)
+    fresh = allocate_activations(net, X, Budget(bitops=70_000.0), (2, 8))
+    assert again.bits == fresh.bits
+    assert again.cost == pytest.approx(fresh.cost)
+    assert again.provenance["solver"]["used"] == {"bitops": pytest.approx(again.bitops)}
+    assert not asked
+    with pytest.raises(InputError, match=r"differ in \['head:input'"):
+        allocate_activations(net, X, 5, BITS, score=first.scores, pinned={"head:input": None})
 
 
 def test_plot() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from dynlrp.allocation.layers import Layer, find_layers
 from dynlrp.allocation.noise import costs
 from dynlrp.allocation.provenance import made_from
 from dynlrp.allocation.quantizer import Quantizer, rounded, widths_of
-from dynlrp.allocation.scores import DEFAULT, Noise, Scores, Task, measure, scores_from_dict, scores_to_dict
+from dynlrp.allocation.scores import DEFAULT, Noise, Scores, Task, find_noise, measure, scores_from_dict, scores_to_dict
 from dynlrp.allocation.solver import check, solve
 from dynlrp.composite import Composite
 from dynlrp.errors import InputError
@@ -171,7 +171,7 @@ def allocate(
     budget: float | Budget = 4.0,
     candidates: Iterable[int] = (2, 3, 4, 5, 6, 8),
     *,
-    score: str = DEFAULT,
+    score: str | Scores = DEFAULT,
     noise: Noise | None = None,
     groups: Groups = (),
     pinned: Mapping[str, int | None] | None = None,
@@ -201,7 +201,8 @@ def allocate(
             or an iterable of batches of these, such as a DataLoader. Some dozens of samples do.
         budget: average bits per weight, scales and zero points counted, or a :class:`Budget`.
         candidates: bits that a layer may get, 2 to 8.
-        score: a name in ``dynlrp.allocation.SCORES``.
+        score: a name in ``dynlrp.allocation.SCORES``; or the ``scores`` of another allocation of this model, which are
+            not measured again.
         noise: what a sensitivity is multiplied with, ``relative``, ``absolute`` or ``output``; by default what
             the score is meant for.
         groups: names or globs of layers that must share bits, as in ``[("*.query", "*.key", "*.value")]``: where the
@@ -249,7 +250,11 @@ def allocate(
         [[bits in (widths if pin is None else (pin,)) for bits in task.candidates] for _, pin in grouped]
     )
     check(limits, allowed)  # before the time that scores take
-    scores = measure(task, score, progress, noise)
+    if isinstance(score, Scores):
+        known = score.among(task.layers, task.candidates)
+        scores = replace(known, noise=find_noise(known.name, known.noise, noise))
+    else:
+        scores = measure(task, score, progress, noise)
     cost = costs(scores, task)
     places = {name: place for place, name in enumerate(task.layers)}
     merged = np.stack([cost[[places[name] for name in names]].sum(0).numpy() for names, _ in grouped])
@@ -268,7 +273,7 @@ def allocate(
         quantizer=task.quantizer,
         average_bits=_bits(task, chosen) / sum(layer.weights for layer in task.layers.values()),
         size=_bits(task, chosen) / 8 + unquantized_size(model, task.layers),
-        provenance=made_from(task, budget, widths, [names for names, _ in grouped], pins, solution),
+        provenance=made_from(task, budget, limits, widths, [names for names, _ in grouped], pins, solution),
         model=model,
     )
 

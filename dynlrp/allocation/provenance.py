@@ -11,12 +11,13 @@ import torch
 from dynlrp._version import __version__
 from dynlrp.allocation.budget import Budget
 from dynlrp.allocation.scores import Task
-from dynlrp.allocation.solver import Solution
+from dynlrp.allocation.solver import Limit, Solution
 
 
 def made_from(
     task: Task,
     budget: Budget,
+    limits: Sequence[Limit],
     candidates: Sequence[int],
     groups: Sequence[Sequence[str]],
     pinned: Mapping[str, int | None],
@@ -35,5 +36,5 @@ def made_from(
         "composite": composite if isinstance(composite, str) else composite.name,
         "divergence": task.divergence.kind,
         "seed": task.seed,
-        "solver": {"method": solution.method, "gap": solution.gap},
+        "solver": {"method": solution.method, "gap": solution.gap, "used": solution.used(limits)},
     }

@@ -146,6 +146,25 @@ class Scores:
         reach = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
         return self.mean - reach * self.error, self.mean + reach * self.error
 
+    def among(self, layers: Iterable[str], candidates: Iterable[int]) -> Scores:
+        """These scores for some of the candidates.
+
+        Raises:
+            InputError: they are not of these layers, or not of all of these candidates.
+        """
+        layers, candidates = tuple(layers), tuple(candidates)
+        if self.layers != layers:
+            other = sorted({*self.layers} ^ {*layers})
+            raise InputError(
+                f"the scores are not of these layers or activations, but differ in {other or 'their order'}"
+            )
+        if self.mean.ndim == 1:
+            return replace(self, candidates=candidates)
+        if not {*candidates} <= {*self.candidates}:
+            raise InputError(f"the scores are of {self.candidates} bits, not of all of {candidates}")
+        columns = [self.candidates.index(bits) for bits in candidates]
+        return replace(self, candidates=candidates, mean=self.mean[:, columns], error=self.error[:, columns])
+
 
 def scores_to_dict(scores: Scores) -> dict[str, Any]:
     """For JSON; without the names of layers."""
@@ -172,6 +191,17 @@ def find_score(name: str) -> Score:
     return SCORES[name]
 
 
+def find_noise(score: str, own: Noise, wanted: Noise | None) -> Noise:
+    """What a score is multiplied with: its own noise, or another that is wanted."""
+    if wanted is None:
+        return own
+    if wanted not in get_args(Noise):
+        raise InputError(f"noise is one of {', '.join(get_args(Noise))}, not {wanted!r}")
+    if "none" in (wanted, own) and wanted != own:
+        raise InputError(f"score {score!r} is {'a cost of b bits already' if own == 'none' else 'no cost'}")
+    return wanted
+
+
 def measure(
     task: Task,
     name: str = DEFAULT,
@@ -185,12 +215,7 @@ def measure(
         noise: another than the score is meant for.
     """
     entry = find_score(name)
-    if noise is not None:
-        if noise not in get_args(Noise):
-            raise InputError(f"noise is one of {', '.join(get_args(Noise))}, not {noise!r}")
-        if "none" in (noise, entry.noise) and noise != entry.noise:
-            raise InputError(f"score {name!r} is {'a cost of b bits already' if entry.noise == 'none' else 'no cost'}")
-        entry = replace(entry, noise=noise)
+    entry = replace(entry, noise=find_noise(name, entry.noise, noise))
     moments = Moments()
     with torch.inference_mode(False):
         for row in entry.function(task):

@@ -47,6 +47,10 @@ class Solution:
     gap: float | None
     """At most so much could be saved, as a share of the cost; None where that is not known."""
 
+    def used(self, limits: Sequence[Limit]) -> dict[str, float]:
+        """How much of each limit, by name."""
+        return {limit.name: _total(limit.use, self.choice) / limit.unit for limit in limits}
+
 
 def solve(
     cost: Matrix, limits: Sequence[Limit], allowed: Mask | None = None, *, time_limit: float = 30.0, gap: float = 1e-6
