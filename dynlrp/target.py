@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynlrp.errors import NoPathError, TargetError, kind, told
+from dynlrp.errors import InputError, NoPathError, TargetError, kind, told
 
 Target = Union[int, Sequence[Any], Tensor, Callable[[Tensor], Tensor], "Contrast", None]
 
@@ -130,8 +130,13 @@ def _chosen(output: Tensor, target: Target) -> Tensor:
     shape = output.shape
     batch = shape[0] if shape else 1
     flat = output.detach().reshape(batch, math.prod(shape[1:]))
-    if flat.shape[1] == 0 or batch == 0:
-        raise TargetError(f"the output of shape {tuple(shape)} has nothing to explain")
+    if batch == 0:
+        raise InputError(
+            f"the batch is empty, as the output has shape {tuple(shape)}: there is no sample to explain. Give one or "
+            f"more, or leave this batch out"
+        )
+    if flat.shape[1] == 0:
+        raise InputError(f"the output of shape {tuple(shape)} has no entry that could be explained")
     index = flat.argmax(1) if target is None else _flat_index(target, batch, shape[1:], output.device)
     return torch.zeros_like(flat).scatter_(1, index.unsqueeze(1), 1.0)
 

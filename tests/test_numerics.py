@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from dynlrp import COMPOSITES, Composite, Explanation, InputError, NonFiniteError, TargetError, explain, relevance
+from dynlrp import COMPOSITES, Composite, Explanation, InputError, NonFiniteError, explain, relevance
 from dynlrp.precision import Wide
 from dynlrp.rules import AlphaBeta, Epsilon, Flat, Gamma, Operation, Rule, WSquare, ZBox, ZPlus
 from dynlrp.rules.operation import divide
@@ -502,7 +502,7 @@ def test_ties_go_as_autograd_sends_them(name: str) -> None:
 @pytest.mark.parametrize("target", [None, 1, []])
 def test_a_batch_of_nothing(target: Any, composite: str) -> None:
     model, inputs, _ = sample("resnet")
-    with pytest.raises(TargetError, match="nothing to explain"):
+    with pytest.raises(InputError, match="the batch is empty"):
         explain(model, inputs[:0], target, composite=composite)
     total = explain(model, inputs[:0], torch.sum, composite=composite)  # a number all the same, zero
     assert total.relevance.shape == inputs[:0].shape
@@ -520,6 +520,8 @@ def test_inputs_without_elements(composite: str) -> None:
     empty = explain(lambda x: x.sum(1), torch.zeros(3, 0, 5).double(), 1, composite=composite)
     assert empty.relevance.shape == (3, 0, 5)
     assert empty.value.tolist() == [0.0] * 3
+    with pytest.raises(InputError, match="no entry"):
+        explain(nn.Linear(3, 0).double(), torch.zeros(2, 3).double(), composite=composite)
     with pytest.raises(NonFiniteError, match="MeanBackward1"):
         explain(lambda x: x.mean(1), torch.zeros(3, 0, 5).double(), 1, composite=composite)
 
