@@ -173,20 +173,27 @@ class Run:
             edge = self.graph.edge(*other)
             if written is None or below is None or edge is None:
                 continue
-            if self._last_use(edge) > written._sequence_nr():
+            last = self._last_use(edge)
+            if last is not None and last._sequence_nr() > written._sequence_nr():
+                write, use = (
+                    f"{node.name()} in {innermost(self._running(node._sequence_nr())) or 'the model'}"
+                    for node in (written, last)
+                )
                 raise InputError(
                     f"{shared.name!r} returns a tensor whose memory has another name in the model: it is changed in "
-                    f"place under one name and used later under the other. Write that out of place (x = x + 1, not "
-                    f"x += 1)"
+                    f"place under one name ({write}) and used later under the other ({use}), where the graph does not "
+                    f"tell whether that is the same part. Write it out of place (x = x + 1, not x += 1), or return a "
+                    f"copy (x.clone())"
                 )
 
-    def _last_use(self, edge: Edge) -> int:
-        """Sequence number of the last operation that uses a tensor or one of its views."""
-        views, edges, last = view_nodes(), {edge}, -1
+    def _last_use(self, edge: Edge) -> Node:
+        """The last operation that uses a tensor or one of its views; None where there is none."""
+        views, edges, last = view_nodes(), {edge}, None
         for index, operands in enumerate(self.graph.operands):  # which come before their consumers
             if edges.intersection(operands):
                 node = self.graph.nodes[index]
-                last = max(last, node._sequence_nr())
+                if last is None or node._sequence_nr() > last._sequence_nr():
+                    last = node
                 if self.graph.names[index] in views:
                     edges.update(Edge(index, output) for output in range(len(node._input_metadata)))
         return last

@@ -117,8 +117,10 @@ FINE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 def test_one_memory_under_two_names(name: str) -> None:
     model, x = randomise(Aliased(ONE_MEMORY[name]), 1).double(), X[:, 0]
     assert explain(model, x, 1).ledger.closes
-    with pytest.raises(InputError, match="'part' returns a tensor whose memory has another name"):
+    with pytest.raises(InputError, match="'part' returns a tensor whose memory has another name") as raised:
         explain(model, x, 1, layers="part")
+    write = "torch::autograd::CopySlices" if name.startswith("other view") else "ReluBackward0"
+    assert f"({write} in the model) and used later under the other (" in str(raised.value)
 
 
 @pytest.mark.parametrize("name", FINE)
