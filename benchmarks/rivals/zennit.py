@@ -44,7 +44,19 @@ def canonizers(model: nn.Module) -> list[Any]:
         for (before, layer), (name, norm) in pairwise(weighted)
         if isinstance(norm, types.BatchNorm) and any(True for _ in layer.children())
     ]
-    return [SequentialMergeBatchNorm(), NamedMergeBatchNorm(padded), *sums]
+    return [_merging(SequentialMergeBatchNorm)(), _merging(NamedMergeBatchNorm)(padded), *sums]
+
+
+def _merging(canonizer: Any) -> Any:
+    """Merged batch norms have an epsilon of 0 in zennit, which PyTorch 2.11 refuses. This one is lost beside their
+    variance of 1, so that the numbers are the same."""
+
+    class Merging(canonizer):  # type: ignore[misc]
+        def register(self, linears: list[nn.Module], batch_norm: nn.Module) -> None:
+            super().register(linears, batch_norm)
+            object.__setattr__(batch_norm, "eps", torch.finfo(torch.float32).tiny)
+
+    return Merging
 
 
 def _bottleneck(self: Any, x: Tensor) -> Tensor:
