@@ -12,6 +12,7 @@ from torch._guards import active_fake_mode
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
+from dynlrp.buffers import Buffer
 from dynlrp.composite import Composite
 from dynlrp.condition import Condition
 from dynlrp.errors import BrokenPromiseError, InputError, NonFiniteError, NoPathError, kind
@@ -20,7 +21,7 @@ from dynlrp.options import Names, OnUnknown, Options
 from dynlrp.recorder import EVERYTHING
 from dynlrp.request import Request
 from dynlrp.run import Run, Settled
-from dynlrp.state import Buffer, same_state, survey
+from dynlrp.state import same_state, survey
 from dynlrp.target import Seed, Target, make_seed
 
 

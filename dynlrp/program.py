@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from dynlrp.buffers import Buffer
 from dynlrp.composite import Composite
 from dynlrp.condition import Condition
 from dynlrp.errors import DynLRPError, InputError, NonFiniteError, TraceError
@@ -28,7 +29,7 @@ from dynlrp.explanation import Explanation
 from dynlrp.inputs import as_dicts, described
 from dynlrp.options import Names, OnUnknown, Options
 from dynlrp.request import Request
-from dynlrp.state import Buffer, same_state, survey
+from dynlrp.state import same_state, survey
 from dynlrp.target import Target
 
 aten: Any = torch.ops.aten

@@ -6,19 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from dynlrp.buffers import Buffer, Kept
 from dynlrp.errors import CompiledModuleError, InputError, TrainingModeError, kind
 from dynlrp.randomness import Draws, alone, sources
-
-Buffer = tuple[nn.Module, str, Tensor]
-"""A buffer with the module that owns it."""
-
-SMALL = 65536
-"""Largest buffer that is copied together with others."""
 
 
 def survey(model: Any, allow_training: bool) -> tuple[list[nn.Parameter], list[Buffer]]:
@@ -88,44 +82,10 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
                 stack.append(child)
 
 
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Flat copies; small tensors of one kind in one go, as a net may have hundreds of them."""
-    copies: list[Tensor | None] = [None] * len(tensors)
-    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        if tensor.layout is torch.strided and tensor.numel() <= SMALL:
-            kinds.setdefault((tensor.dtype, tensor.device), []).append(place)
-        else:
-            copies[place] = tensor.clone()
-    for places in kinds.values():
-        together = torch.cat([tensors[place].detach().reshape(-1) for place in places])
-        parts = torch.split(together, [tensors[place].numel() for place in places])
-        for place, part in zip(places, parts, strict=True):
-            copies[place] = part
-    return [copy for copy in copies if copy is not None]
-
-
 class State:
     """``keep`` it, once all is well, where the forward pass was the caller's own."""
 
     keep = False
-
-
-class _Kept:
-    """Buffers as they are now."""
-
-    def __init__(self, buffers: Sequence[Buffer]) -> None:
-        copies = _copies([buffer for _, _, buffer in buffers])
-        self._kept = [(*entry, entry[2]._version, value) for entry, value in zip(buffers, copies, strict=True)]
-
-    @torch.no_grad()
-    def put_back(self, training: bool) -> None:
-        for module, name, buffer, version, value in self._kept:
-            module._buffers[name] = buffer
-            value = value if value.shape == buffer.shape else value.view(buffer.shape)
-            # Kernels of batch statistics write without counting a version.
-            if buffer._version != version or (training and not torch.equal(buffer, value)):
-                buffer.copy_(value)
 
 
 @contextmanager
@@ -137,7 +97,7 @@ def same_state(
     Other threads draw from the same generators, and what they drew stays drawn. So where there are such and a state
     changed, ``again`` repeats the forward pass under observation; without it, all draws count as this thread's.
     """
-    before, only, kept, state = [(source, source.get()) for source in sources()], alone(), _Kept(buffers), State()
+    before, only, kept, state = [(source, source.get()) for source in sources()], alone(), Kept(buffers), State()
     drawn = False
     try:
         yield state
@@ -145,7 +105,7 @@ def same_state(
         changed = {source: value for source, value in before if not source.same(value, source.get())}
         keep = state.keep and allow_training
         if changed and again is not None and not only and not keep:
-            now = _Kept(buffers)
+            now = Kept(buffers)
             draws = Draws(changed, again)
             now.put_back(allow_training)
             drawn = bool(draws.ours)

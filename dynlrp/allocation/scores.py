@@ -17,11 +17,12 @@ from dynlrp.allocation.divergence import Divergence
 from dynlrp.allocation.layers import Layer
 from dynlrp.allocation.moments import Moments
 from dynlrp.allocation.quantizer import Quantizer
+from dynlrp.buffers import Buffer
 from dynlrp.composite import Composite
 from dynlrp.errors import InputError
 from dynlrp.inputs import call
 from dynlrp.options import OnUnknown
-from dynlrp.state import Buffer, same_state, survey
+from dynlrp.state import same_state, survey
 from dynlrp.target import Target, find_output
 
 DEFAULT = "weight_error"
