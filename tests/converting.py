@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tests.peers import models as peers
+
+PAGE = Path(__file__).parents[1] / "docs/pages/howto/converters.md"
+
+
+def run_example(title: str) -> None:
+    """Execute what the page says of one tool, after what it says before them all."""
+    start, *sections = PAGE.read_text("utf-8").split("\n## ")
+    (section,) = (text for text in sections if text.startswith(title))
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for text in (start, section):
+        blocks = re.findall(r"^```py(?:thon)?\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        assert blocks
+        for code in blocks:
+            exec(compile(code, str(PAGE), "exec", dont_inherit=True), namespace)
 
 
 class Block(nn.Module):

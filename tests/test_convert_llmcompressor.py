@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynlrp.allocation.convert import llmcompressor_recipe
 from dynlrp.allocation.quantizer import Quantizer
-from tests.converting import agree, is_rounded, others_are_the_same, with_weights
+from tests.converting import agree, is_rounded, others_are_the_same, run_example, with_weights
 from tests.peers import models as peers
 
 tool = pytest.importorskip("llmcompressor")
@@ -63,3 +63,9 @@ def test_another_modifier(folder: Path) -> None:
     (group,) = modifier.config_groups.values()
     assert group.targets == ["lm_head"]
     assert group.weights.num_bits == 4
+
+
+def test_the_example_of_the_page(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my-llama").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    run_example("llm-compressor")

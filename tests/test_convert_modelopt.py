@@ -11,7 +11,16 @@ from torch import nn
 
 from dynlrp.allocation.convert import modelopt_config
 from dynlrp.allocation.quantizer import Quantizer
-from tests.converting import agree, convolutions, images, is_rounded, network, others_are_the_same, with_weights
+from tests.converting import (
+    agree,
+    convolutions,
+    images,
+    is_rounded,
+    network,
+    others_are_the_same,
+    run_example,
+    with_weights,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -79,3 +88,7 @@ def test_why_layers_of_a_fused_encoder_are_refused() -> None:
     with torch.no_grad():
         assert torch.equal(made(x), model(x))
     assert not torch.equal(made(x), model(x))
+
+
+def test_the_example_of_the_page() -> None:
+    run_example("NVIDIA ModelOpt")

@@ -11,7 +11,16 @@ from torch import nn
 from dynlrp.allocation.convert import nncf_passes
 from dynlrp.allocation.quantizer import Quantizer
 from dynlrp.errors import ConversionError, InputError
-from tests.converting import agree, convolutions, images, is_rounded, network, others_are_the_same, with_weights
+from tests.converting import (
+    agree,
+    convolutions,
+    images,
+    is_rounded,
+    network,
+    others_are_the_same,
+    run_example,
+    with_weights,
+)
 
 tool = pytest.importorskip("nncf")
 
@@ -130,3 +139,7 @@ def test_why_other_widths_are_refused() -> None:
         copy.deepcopy(conv), mode=tool.CompressWeightsMode.INT4_SYM, dataset=tool.Dataset([x]), **options
     )
     assert torch.equal(made.inside.weight, conv.inside.weight)  # without a word
+
+
+def test_the_example_of_the_page() -> None:
+    run_example("NNCF")
