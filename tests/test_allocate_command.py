@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from click.testing import Result
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from dynlrp.allocation import Activations, Divergence, Quantizer, allocate_activ
 from dynlrp.allocation.sources import Preparation, load_calibration, load_model
 from dynlrp.cli import app
 from dynlrp.zoo import ZooError
+from tests.test_solver import loud
 
 X = np.random.default_rng(0).normal(size=(6, 3, 8, 8)).astype(np.float32)
 
@@ -273,13 +274,7 @@ def test_what_is_no_calibration(tmp_path: Path) -> None:
 def test_json_is_alone_on_the_output(
     array: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever the solver prints on its own."""
-    from dynlrp.allocation import allocation, solver
-
-    def loud(*args: Any, **options: Any) -> solver.Solution:
-        os.write(1, b"solved!\n")
-        return solver.solve(*args, **options)
-
-    monkeypatch.setattr(allocation, "solve", loud)
+    """HiGHS prints a line on its own."""
+    monkeypatch.setattr(scipy.optimize, "milp", loud(scipy.optimize.milp))
     app(["allocate", NET, str(array), "--budget", "8", "--json"], standalone_mode=False)
     assert set(json.loads(capfd.readouterr().out)) == {"0", "4"}

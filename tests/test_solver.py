@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+import scipy.optimize
 
 from dynlrp import BudgetError, InputError
 from dynlrp.allocation import solver
@@ -106,3 +110,47 @@ def test_costs_must_be_finite() -> None:
     with pytest.raises(InputError, match="NaN"):
         solve(cost, [Limit("bits", np.ones((1, 2)), 4.0)])
     assert solve(cost, [Limit("bits", np.ones((1, 2)), 4.0)], np.array([[True, False]])).choice.tolist() == [0]
+
+
+def loud(milp: Callable[..., Any], more: bytes = b"") -> Callable[..., Any]:
+    """A solver that prints what HiGHS may print, and what somebody else prints meanwhile."""
+
+    def solve(*args: Any, **options: Any) -> Any:
+        os.write(1, b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();\n" + more)
+        return milp(*args, **options)
+
+    return solve
+
+
+def test_what_highs_prints_is_left_out(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """And nothing else is, not even where the solver fails."""
+    draw = np.random.default_rng(0)
+    bits = np.array([2, 3, 4, 5, 6, 8])
+    use = draw.integers(1, 1000, (40, 1)) * bits.astype(float)
+    cost = draw.random((40, 1)) * 4.0**-bits
+    limit = Limit("bits", use, float(use[:, 2].sum()))
+    monkeypatch.setattr(scipy.optimize, "milp", loud(scipy.optimize.milp, b"one\ntwo"))
+    found = solve(cost, [limit])
+    assert found.method == "exact"
+    assert capfd.readouterr().out == "one\ntwo"
+
+    def fails(*args: Any, **options: Any) -> None:
+        raise ValueError("no solver")
+
+    monkeypatch.setattr(scipy.optimize, "milp", loud(fails, b"three"))
+    with pytest.raises(ValueError, match="no solver"):
+        solve(cost, [limit])
+    assert capfd.readouterr().out == "three"
+    os.write(1, b"four")
+    assert capfd.readouterr().out == "four"
+
+
+@pytest.mark.parametrize("seed", [0, 31, 52, 64])
+def test_problems_with_which_highs_is_loud(seed: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS 1.12 prints the line with these."""
+    draw = np.random.default_rng(seed)
+    count, bits = int(draw.integers(20, 120)), np.array([2, 3, 4, 5, 6, 8])
+    weights = draw.integers(1, 1000, (count, 1)) * 64
+    cost = 10 ** draw.uniform(-5, 3, (count, 1)) * 4.0**-bits * np.exp(0.2 * draw.normal(size=(count, 6)))
+    solve(cost, [Limit("bits", weights * bits, float(weights.sum() * draw.choice([2.25, 2.5, 3, 3.5, 4, 5])))])
+    assert capfd.readouterr().out == ""

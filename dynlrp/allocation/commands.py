@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,22 +210,7 @@ def _given(
         net = sources.load_model(model)
         data = sources.load_calibration(calibration, sources.Preparation(*images, tokenizer, length))
         bar = progress.add_task(escape(score), total=len(Calibration(data, batch, samples)))
-        with _no_output():
-            yield net, data, lambda count: progress.advance(bar, count)
-
-
-@contextmanager
-def _no_output() -> Iterator[None]:
-    """HiGHS prints a line now and then whatever it is told, which is no part of our output."""
-    kept = os.dup(1)
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nothing)
+        yield net, data, lambda count: progress.advance(bar, count)
 
 
 def _divergence(kind: str, data: Any) -> Divergence:

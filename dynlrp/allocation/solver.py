@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dynlrp.allocation.quiet import without_line
 from dynlrp.errors import BudgetError, InputError
 
 Matrix = NDArray[np.float64]
@@ -56,9 +57,6 @@ def solve(
     cost: Matrix, limits: Sequence[Limit], allowed: Mask | None = None, *, time_limit: float = 30.0, gap: float = 1e-6
 ) -> Solution:
     """The cheapest choice within all limits, by mixed-integer linear programming (HiGHS, through scipy).
-
-    HiGHS may print a line that begins with ``HighsMipSolverData`` where it repairs a solution; it has no option
-    against that.
 
     Args:
         cost: of every item and candidate, finite where allowed.
@@ -144,9 +142,10 @@ def _milp(
             row = csr_array(limit.use[items, candidates][None] / limit.most * SCALE)
             constraints.append(LinearConstraint(row, -np.inf, SCALE * (1 + ROUNDING / 2 - tighter)))
         options = {"time_limit": time_limit, "mip_rel_gap": gap}
-        result = milp(
-            costs, integrality=np.ones(len(items)), bounds=Bounds(0, 1), constraints=constraints, options=options
-        )
+        with without_line():
+            result = milp(
+                costs, integrality=np.ones(len(items)), bounds=Bounds(0, 1), constraints=constraints, options=options
+            )
         if result.status == 2 and not tighter:
             return None, "infeasible", None
         if result.x is None:
