@@ -53,7 +53,8 @@ class _One:
 class Kept:
     """Buffers as they are now.
 
-    Large ones that hold the same are copied once: many models have a mask or a table of positions in every layer.
+    Large ones that hold the same are copied once, where a look is cheap: many models have a mask or a table of
+    positions in every layer.
     """
 
     def __init__(self, buffers: Sequence[Buffer]) -> None:
@@ -73,7 +74,8 @@ class Kept:
         latest: dict[tuple[object, ...], Tensor] = {}
         for one in self._apart:
             kind = (one.memory.shape, one.memory.dtype, one.memory.device)
-            if not (one.plain and kind in latest and _same(one.memory, latest[kind])):
+            looks = one.plain and _tells(one.memory) and kind in latest
+            if not (looks and _same(one.memory, latest[kind])):
                 latest[kind] = one.memory.clone()
             one.copy = latest[kind]
 

@@ -187,17 +187,12 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         model.to("cpu", torch.float64)
 
 
-@pytest.mark.parametrize("composite", ["auto", "attnlrp"])
-@pytest.mark.parametrize("name", ["resnet", "vit", "bert", "gpt2", "llama"])
-def test_the_host_waits_in_the_end_alone(name: str, composite: str) -> None:
-    """The host waits in the end alone, to see that everything is finite, and that constants nobody kept are zero."""
-    model, inputs, _ = sample(name)
+def waits(model: nn.Module, given: Any, composite: str = "auto") -> list[str]:
+    """Places at which an explanation makes the host wait for the device, beside those of the model itself."""
+    call: Callable[[], Any] = lambda: explain(model, given, composite=composite)  # noqa: E731
+    call()
+    torch.cuda.set_sync_debug_mode("warn")
     try:
-        model.to("cuda", torch.float32)
-        given = moved(inputs, torch.float32)
-        call: Callable[[], Any] = lambda: explain(model, given, composite=composite)  # noqa: E731
-        call()
-        torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model(**given) if isinstance(given, dict) else model(given)
@@ -205,7 +200,25 @@ def test_the_host_waits_in_the_end_alone(name: str, composite: str) -> None:
             call()  # which runs the model too
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    return [f"{w.filename}:{w.lineno}" for w in caught[forward:] if "dynlrp" in w.filename]
+
+
+@pytest.mark.parametrize("composite", ["auto", "attnlrp"])
+@pytest.mark.parametrize("name", ["resnet", "vit", "bert", "gpt2", "llama"])
+def test_the_host_waits_in_the_end_alone(name: str, composite: str) -> None:
+    """The host waits in the end alone, to see that everything is finite, and that constants nobody kept are zero."""
+    model, inputs, _ = sample(name)
+    try:
+        places = waits(model.to("cuda", torch.float32), moved(inputs, torch.float32), composite)
+    finally:
         model.to("cpu", torch.float64)
-    places = [f"{w.filename}:{w.lineno}" for w in caught[forward:]]
     # Which embedding an input with copied ids belongs to is seen before the pass.
-    assert len([place for place in places if "dynlrp" in place and "explain.py" not in place]) <= 2, places
+    assert len([place for place in places if "explain.py" not in place]) <= 2, places
+
+
+def test_large_buffers_that_hold_the_same_are_not_compared_there() -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).cuda()
+    for name in ("mask", "other"):
+        model.register_buffer(name, torch.ones(300, 300, device="cuda"))
+    alone = waits(nn.Sequential(nn.Linear(4, 3)).cuda(), torch.rand(2, 4).cuda())
+    assert waits(model, torch.rand(2, 4).cuda()) == alone
