@@ -1,6 +1,6 @@
 """Which score gives the best bits: mixed-precision allocations by every score, evaluated on other data.
 
-    python -m benchmarks.allocation --data FOLDER [--models minilm lite0 ...] [--development] [--quick] [--write]
+    python -m benchmarks.allocation --data FOLDER [--activations] [--models minilm lite0 ...] [--development] [--write]
 
 ``FOLDER`` holds the archive of vaderSentiment (see ``benchmarks.allocation_models``, also for the packages). Quantizer,
 solver, budgets and calibration samples are the same for all scores. Development models served for all choices; the
@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from benchmarks.allocation_activations import ACTIVATIONS
 from benchmarks.allocation_models import CACHE, DEVELOPMENT, HELD_OUT, Subject, load
-from benchmarks.results import table, write_section
+from benchmarks.allocation_table import RANDOM, UNIFORM, Matrix, Part, as_table, compare, draw_chart
+from benchmarks.results import write_section
 from dynlrp import Composite, When, relevance
 from dynlrp.allocation import Budget, Calibration, Quantizer, Task, find_layers, measure, score
 from dynlrp.allocation.budget import make_limits
@@ -36,8 +37,6 @@ from dynlrp.allocation.noise import costs
 from dynlrp.allocation.observe import Call, by_layer, watching
 from dynlrp.allocation.solver import solve
 from dynlrp.rules import Epsilon, Gradient, Secant
-
-Matrix = NDArray[np.float64]
 
 BITS = (2, 3, 4, 5, 6, 8)
 BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0)
@@ -117,7 +116,6 @@ SCORES: dict[str, Callable[[Task], Matrix]] = {
     "ZD": by_name("zd"),
 }
 MEASURED = "measured, one layer at a time"
-RANDOM, UNIFORM = "random", "uniform"
 
 
 class Trial:
@@ -173,7 +171,7 @@ class Trial:
 def find(subject: Subject, draws: int, samples: int, measured: int, randoms: int) -> dict[str, Any]:
     """Divergence and accuracy of every score, ``(draws, budgets)``, and the seconds that scoring took."""
     trial = Trial(subject, samples)
-    found: dict[str, Any] = {"scores": {}, "layers": len(trial.layers)}
+    found: dict[str, Any] = {"scores": {}, "unpaired": [RANDOM, UNIFORM], "layers": len(trial.layers)}
 
     def add(name: str, cost: Matrix, seconds: float) -> None:
         rows = [trial.evaluate(cost, budget) for budget in BUDGETS]
@@ -200,101 +198,38 @@ def find(subject: Subject, draws: int, samples: int, measured: int, randoms: int
     return found
 
 
-def logs(found: dict[str, Any], name: str) -> Matrix:
-    """log(divergence / uniform's) of each draw and budget; a score that no samples take part in has one draw."""
-    scores = found["scores"]
-    floor = 1e-12
-    own, uniform = (np.array(scores[n]["divergence"]) + floor for n in (name, UNIFORM))
-    return np.asarray(np.log(own / uniform))
+NOTE = """\
+Bits for every layer by each score, on models that no choice was made on. *log ratio*: the mean over models, draws of
+calibration samples and budgets of log(divergence / divergence of uniform bits), lower is better, with a 95 %
+bootstrap interval over draws, the models fixed. *weight error minus it* is paired: below 0, weight error is better.
+*over models* is its interval where models are drawn too. *win rate*: of weight error against it, over models, draws
+and budgets; a draw counts half. *right*: right outputs, or for EfficientNet-Lite0 those that stay the same; *points
+right* is the paired difference in percentage points, with an interval over models. *seconds*: for scoring, of
+{samples} samples. The last columns are the log ratio of every model.
 
+{draws} draws of {samples} samples; budgets of 2.25, 2.5, 3, 3.5, 4 and 5 bits; weights from 2 to 8 bits, rounded to
+nearest with a scale for each channel; {randoms} random allocations; one layer at a time was measured in {measured} of
+the draws. CPU, threads: {threads}; torch {torch}, Python {python}. Command: `python -m benchmarks.allocation
+--write`.
+"""
 
-def interval(groups: list[Matrix], others: bool = False, rounds: int = 10_000) -> tuple[float, float, float]:
-    """The mean over groups of their means, with a 95 % bootstrap interval over the members of every group; and, for
-    ``others``, over the groups."""
-    generator = np.random.default_rng(0)
-    means = np.stack([group[generator.integers(len(group), size=(rounds, len(group)))].mean(1) for group in groups])
-    if others:
-        means = np.take_along_axis(means, generator.integers(len(groups), size=means.shape), axis=0)
-    low, high = np.quantile(means.mean(0), [0.025, 0.975])
-    return float(np.mean([group.mean() for group in groups])), float(low), float(high)
+READING = """\
+* Squared weight by weight, gradient times error does better than squared as a sum (Gauss-Newton) or by element of the
+  output (ModelOpt), at the same price, and as well as measuring layers one at a time. What errors of one layer cancel
+  among themselves, they do not once all layers are rounded.
+* Over the HAWQ-like trace the gain is small and comes from two of six models; on EfficientNet-Lite0 the trace is
+  better. The gain holds for other samples of these models, not surely for other models. By right outputs weight
+  error, the trace, ModelOpt and measuring cannot be told apart: all these intervals hold 0.
+* Conserving rules of LRP do not help. They halve what passes the two sides of attention and hold statistics fixed:
+  right for shares of an output, wrong for what a small error changes. With LRP's secants at activation functions and
+  gradients elsewhere, weight error beats Gauss-Newton (-0.105 [-0.215, -0.004] over models) and ModelOpt (-0.095
+  [-0.186, -0.014]) and equals the trace, but is not better than with gradients alone; with AttnLRP it is far worse on
+  transformers, and so it is with gamma on convolutions. With CP-LRP nothing reaches queries and keys, so that their
+  layers get too few bits. Relevance that passes through a layer, times relative noise, is behind everything with
+  gradients, and not better than the rounding error of the weights alone.
+* Seconds are of a busy processor: good for comparison among themselves."""
 
-
-def compare(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each score, best first."""
-    ours = next(iter(SCORES))
-    rows = []
-    for name in (*SCORES, MEASURED, RANDOM, UNIFORM):
-        every = [logs(found, name) for found in results.values()]
-        best = [logs(found, ours) for found in results.values()]
-        if name in (RANDOM, UNIFORM):  # no samples take part, so there are no draws to pair
-            pairs = [b - e.mean(0) for b, e in zip(best, every, strict=True)]
-        else:
-            pairs = [b[: len(e)] - e for b, e in zip(best, every, strict=True)]
-        wins = np.mean([np.mean((p < 0) + 0.5 * (p == 0)) for p in pairs])
-        right = [np.nanmean(f["scores"][name]["right"]) for f in results.values()]
-        rows.append(
-            {
-                "name": name,
-                "mean": interval([e.mean(1) for e in every]),
-                "models": [float(e.mean()) for e in every],
-                "difference": interval([p.mean(1) for p in pairs]),
-                "elsewhere": interval([p.mean(1) for p in pairs], others=True),
-                "wins": float(wins),
-                "right": float(np.mean(right)),
-                "seconds": float(np.mean([np.mean(f["scores"][name]["seconds"]) for f in results.values()])),
-            }
-        )
-    return sorted(rows, key=lambda row: row["mean"][0])
-
-
-def as_table(rows: list[dict[str, Any]], names: list[str]) -> str:
-    """The table."""
-    ours = next(iter(SCORES))
-    header = ["score", "log ratio", f"{ours.split(':')[0]} minus it", "over models", "win rate", "right", "seconds"]
-    lines = []
-    for row in rows:
-        pair = [_show(row["difference"], "+"), _show(row["elsewhere"], "+"), f"{row['wins']:.0%}"]
-        lines.append(
-            [
-                f"**{row['name']}**" if row["name"] == ours else row["name"],
-                _show(row["mean"]),
-                *(["", "", ""] if row["name"] == ours else pair),
-                f"{row['right']:.1%}",
-                f"{row['seconds']:.2f}",
-                *(f"{m:.2f}" for m in row["models"]),
-            ]
-        )
-    return table([*header, *names], lines)
-
-
-def _show(found: tuple[float, float, float], sign: str = "") -> str:
-    """A mean and its interval, if it has one."""
-    mean, low, high = (f"{number:{sign}.3f}" for number in found)
-    return mean if low == high else f"{mean} [{low}, {high}]"
-
-
-def draw_chart(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
-    """Every score with its interval, and a mark for each model."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "allocation", "svg.fonttype": "none"})
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 0.32 * len(rows) + 1.2), layout="constrained")
-    marks = "osD^vPX*"
-    for place, row in enumerate(rows):
-        mean, low, high = row["mean"]
-        axes.plot([low, high], [place, place], color="black", linewidth=2)
-        axes.plot(mean, place, "|", color="black", markersize=12)
-        for mark, number, model in zip(marks, row["models"], names, strict=False):
-            axes.plot(number, place, mark, color="C0", alpha=0.5, markersize=5, label=model if place == 0 else None)
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axes.invert_yaxis()
-    axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set_xlabel("mean of log(divergence / that of uniform bits): left is better")
-    axes.legend(loc="lower left", fontsize="small")
-    figure.savefig(path, metadata={"Date": None})
+WEIGHTS = Part("Mixed precision", "allocation", next(iter(SCORES)), find, NOTE, READING)
 
 
 def main() -> None:
@@ -302,10 +237,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(), help="folder with the archive of vaderSentiment")
     parser.add_argument("--development", action="store_true", help="development models, not the held-out ones")
+    parser.add_argument("--activations", action="store_true", help="bits of activations, not of weights")
     parser.add_argument("--models", nargs="*", help="these alone")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--samples", type=int, default=32, help="calibration samples of a draw")
-    parser.add_argument("--measured", type=int, default=1, help="draws in which layers are also measured one at a time")
+    parser.add_argument("--measured", type=int, default=5, help="draws in which they are also measured one at a time")
     parser.add_argument("--randoms", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--fresh", action="store_true", help="forget what was found")
@@ -316,60 +252,32 @@ def main() -> None:
     names = options.models or list(DEVELOPMENT if options.development else HELD_OUT)
     if options.quick:
         names, options.draws, options.samples, options.randoms = options.models or ["vit-b"], 2, 8, 2
+    part = ACTIVATIONS if options.activations else WEIGHTS
     results = {}
     for name in names:
-        key = f"{name}-{options.draws}-{options.samples}-{options.measured}-{options.randoms}"
-        path = CACHE / f"allocation-{key}.json"
+        key = f"{part.chart}-{name}-{options.draws}-{options.samples}-{options.measured}-{options.randoms}"
+        path = CACHE / f"{key}.json"
         if options.fresh or not path.exists():
             start = time.perf_counter()
-            found = find(
+            found = part.find(
                 load(name, options.data), options.draws, options.samples, options.measured, options.randoms
             )  # fmt: skip
             print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(found))
         results[name] = json.loads(path.read_text())
-    rows = compare(results)
-    text = as_table(rows, names)
+    rows = compare(results, part.ours)
+    text = as_table(rows, names, part.ours)
     print(text)
     if options.write:
         folder = Path(__file__).parent
-        draw_chart(rows, names, folder / "allocation.svg")
-        note = NOTE.format(
-            draws=options.draws, samples=options.samples, budgets=", ".join(f"{b:g}" for b in BUDGETS),
-            randoms=options.randoms, measured=options.measured, threads=options.threads, torch=torch.__version__,
-            python=platform.python_version(),
+        draw_chart(rows, names, folder / f"{part.chart}.svg")
+        note = part.note.format(
+            draws=options.draws, samples=options.samples, randoms=options.randoms, measured=options.measured,
+            threads=options.threads, torch=torch.__version__, python=platform.python_version(),
         )  # fmt: skip
-        chart = f"![{CHART}](allocation.svg)"
-        write_section(folder / "RESULTS.md", "Mixed precision", f"{note}\n\n{text}\n\n{READING}\n\n{chart}")
-
-
-CHART = "Every score with its interval, and a mark for each model"
-NOTE = """\
-Bits for every layer by each score, on models that no choice was made on. *log ratio*: the mean over models, draws of
-calibration samples and budgets of log(divergence / divergence of uniform bits), lower is better, with a 95 % bootstrap
-interval over draws, the models fixed. *weight error minus it* is paired: below 0, weight error is better. *over models*
-is its interval where models are drawn too. *win rate*: of weight error against it, over models, draws and budgets; a
-draw counts half. *right*: right outputs, or for EfficientNet-Lite0 those that stay the same. *seconds*: for scoring, of
-{samples} samples. The last columns are the log ratio of every model.
-
-{draws} draws of {samples} samples; budgets of {budgets} bits; weights from 2 to 8 bits, rounded to nearest with a scale
-for each channel; {randoms} random allocations; one layer at a time was measured in {measured} of the draws. CPU,
-{threads} threads; torch {torch}, Python {python}. Command: `python -m
-benchmarks.allocation --write`."""
-
-READING = """\
-* Squared weight by weight, gradient times error does better than squared as a sum (Gauss-Newton) or by element of the
-  output (ModelOpt), at the same price, and about as well as measuring layers one at a time. What errors of one layer
-  cancel among themselves, they do not once all layers are rounded.
-* Over the HAWQ-like trace the gain is small and comes from two of six models. It holds for other samples of these
-  models, not surely for other models; and by right outputs the best scores cannot be told apart.
-* Conserving rules of LRP do not help. They halve what passes the two sides of attention and hold statistics fixed:
-  right for shares of an output, wrong for what a small error changes. With LRP's secants at activation functions and
-  gradients elsewhere, weight error beats Gauss-Newton and ModelOpt too, but not gradients alone; with AttnLRP it is far
-  worse on transformers, and so it is with gamma on convolutions. With CP-LRP nothing reaches queries and keys, so that
-  their layers get too few bits. Relevance that passes through a layer, times relative noise, is behind everything with
-  gradients."""
+        chart = f"![Every score with its interval, and a mark for each model]({part.chart}.svg)"
+        write_section(folder / "RESULTS.md", part.title, f"{note.strip()}\n\n{text}\n\n{part.reading}\n\n{chart}")
 
 
 if __name__ == "__main__":

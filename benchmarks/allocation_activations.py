@@ -1,0 +1,107 @@
+"""Which score gives the best bits for activations: ``python -m benchmarks.allocation --activations``."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.allocation_models import Subject
+from benchmarks.allocation_table import RANDOM, UNIFORM, Matrix, Part
+from dynlrp.allocation import Budget, Calibration, Task, find_layers
+from dynlrp.allocation.choices import Choices
+from dynlrp.allocation.operand_scores import measure_operands
+from dynlrp.allocation.products import multiplied
+from dynlrp.allocation.ranges import Range, Survey, survey
+from dynlrp.allocation.solver import solve
+
+BITS = (2, 3, 4, 5, 6, 8)
+BUDGETS = (3.0, 4.0, 5.0, 6.0)
+SCORES: dict[str, tuple[str, str]] = {
+    "activation error: sum (g da)²": ("error", "auto"),
+    "Fisher trace x ‖da‖², HAWQ-like": ("fisher", "auto"),
+    "Gauss-Newton: (sum g da)²": ("gauss_newton", "auto"),
+    "absolute relevance x relative noise, AttnLRP": ("relevance", "attnlrp"),
+    "absolute relevance x relative noise, AttnLRP and gamma": ("relevance", "auto"),
+    "absolute relevance x relative noise, CP-LRP": ("relevance", "cplrp"),
+    "gradient x input x relative noise": ("gradient_x_input", "auto"),
+    "relative noise": ("noise", "auto"),
+}
+"""Names in dynlrp's registry, and by which rules."""
+MEASURED = "measured, one activation at a time"
+
+
+class Trial:
+    """A model with activations rounded, evaluated on held data."""
+
+    def __init__(self, subject: Subject, samples: int) -> None:
+        self.subject, self.samples = subject, samples
+        self.layers = find_layers(subject.model)
+        self.reference = self.run({}, {})
+
+    def task(self, draw: int) -> Task:
+        """The calibration of one draw."""
+        generator = torch.Generator().manual_seed(1000 + draw)
+        rows = torch.randperm(len(self.subject.pool[0]), generator=generator)[: self.samples]
+        data = tuple(tensor[rows] for tensor in self.subject.pool)
+        return Task(
+            self.subject.model, self.layers, Calibration(data, batch_size=16), BITS,
+            divergence=self.subject.divergence, seed=draw,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def run(self, bits: dict[str, int], ranges: dict[str, Range]) -> Tensor:
+        """The output for held data with activations of these bits."""
+        held, model = self.subject.held, self.subject.model
+
+        def change(name: str, x: Tensor) -> Tensor:
+            return ranges[name].round(x, bits[name]) if name in bits else x
+
+        with multiplied(model, self.layers, change):
+            return torch.cat([model(*(t[i : i + 50] for t in held)) for i in range(0, len(held[0]), 50)])
+
+    def evaluate(self, cost: Matrix, found: Survey, budget: float) -> tuple[float, float]:
+        """Mean divergence and share of right outputs (NaN where nobody knows) of the bits for some costs."""
+        choices = Choices([([name], BITS) for name in found.ranges], found, {}, Budget(budget))
+        bits = choices.bits(solve(cost, choices.limits, time_limit=5, gap=1e-4).choice)
+        output = self.run(bits, found.ranges)
+        held = self.subject.held[0] if len(self.subject.held) == 1 else self.subject.held
+        right = self.subject.right
+        return (
+            float(self.subject.divergence.between(output, self.reference, held).mean()),
+            math.nan if right is None else float(right(output).float().mean()),
+        )
+
+
+def find(subject: Subject, draws: int, samples: int, measured: int, randoms: int) -> dict[str, Any]:
+    """Divergence and accuracy of every score, ``(draws, budgets)``, and the seconds that scoring took. Ranges are those
+    of the draw, so that uniform bits differ too; there is one random allocation for each draw."""
+    trial = Trial(subject, samples)
+    scores: dict[str, dict[str, list[Any]]] = {}
+    for draw in range(draws):
+        task = trial.task(draw)
+        found = survey(task)
+        every = {**SCORES, RANDOM: ("random", "auto"), UNIFORM: ("uniform", "auto")}
+        if draw < measured:
+            every[MEASURED] = ("measured", "auto")
+        for name, (score, composite) in every.items():
+            start = time.perf_counter()
+            cost = measure_operands(replace(task, composite=composite), found, score).mean.numpy()
+            seconds = time.perf_counter() - start
+            rows = [trial.evaluate(cost, found, budget) for budget in BUDGETS]
+            entry = scores.setdefault(name, {"divergence": [], "right": [], "seconds": []})
+            entry["divergence"].append([d for d, _ in rows])
+            entry["right"].append([r for _, r in rows])
+            entry["seconds"].append(seconds)
+        print(f"{subject.name}: draw {draw + 1} of {draws}, {len(found.ranges)} activations", flush=True)
+    return {"scores": scores, "unpaired": []}
+
+
+NOTE = """\
+Bits for what layers are given and for both factors of attention's products, weights as they are; columns as above."""
+READING = ""
+ACTIVATIONS = Part("Mixed precision of activations", "activations", next(iter(SCORES)), find, NOTE, READING)
