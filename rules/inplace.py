@@ -109,11 +109,12 @@ class Within(Rule):
             return [None, None]
         node: Any = step.node  # type: ignore[attr-defined]
         with torch.enable_grad():
-            by_old, by_other = step.vjp([_ones(node).to(g.dtype).requires_grad_()])
-        write: Any = None if by_old is None else by_old.grad_fn
+            by_old, by_other = node(_ones(node).to(g.dtype).requires_grad_())  # in the precision of relevance
+        write = by_old.grad_fn
         part = _child(write, 1)
         kind = BINARY[part.name()]
-        values = [kind.old(None if by_other is None else by_other.grad_fn), part._saved_other]
+        factors: tuple[Tensor, Tensor] = (kind.old(by_other.grad_fn), part._saved_other)
+        values = [value.to(torch.promote_types(value.dtype, g.dtype.to_real())) for value in factors]
         outside, inside = write(g)
         old, other = step.expand(lambda _, x, y: kind.function(x, y), values, [inside])
         if old is None:

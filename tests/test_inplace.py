@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dynlrp import (
     COMPOSITES,
@@ -333,6 +334,18 @@ def test_products_in_place_in_every_way(name: str, frozen: bool) -> None:
     found, expected = (explain(m, x.bfloat16(), 1, precision=torch.float32).relevance for m in half)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # both compute in float32
+
+
+@pytest.mark.parametrize("name", ["signal", "gate", "statistic"])
+def test_a_product_in_place_inside_a_checkpoint(name: str) -> None:
+    """Whose saved tensors come in the model's own precision."""
+    ours, plain = (model.float() for model in pair(name))
+    x = draw(0, 3, 4).float()
+    found = explain(lambda x: checkpoint(ours, x, use_reentrant=False), x, 1, precision=torch.float64)
+    expected = explain(plain, x, 1, precision=torch.float64)
+    assert found.relevance.dtype == torch.float64
+    torch.testing.assert_close(found.relevance, expected.relevance, rtol=1e-5, atol=1e-7)  # the model's own digits
+    assert found.ledger.closes
 
 
 def test_a_graph_with_a_product_in_place() -> None:
