@@ -174,6 +174,8 @@ class Plan:
     """The steps that need activations."""
     visited: int
     """Nodes that relevance meets."""
+    apart: str
+    """The name of one that takes one multiplier at a time, or an empty string."""
     relevance_edges: frozenset[Edge]
     ends: frozenset[Edge]
     """Sources with no other source behind them: here relevance leaves the graph."""
@@ -460,12 +462,12 @@ class _Planner:
             step.kept = step.index in kept
             if step.plain and step.signals == (True,):
                 step.chain, step.target, step.exact = (step.index,), step.operands[0], step.operation.exact
-        visited = len(steps)
+        visited, apart = len(steps), next((step.name for step in steps if step.operation.apart), "")
         steps = _chained(steps)
         ends = frozenset(edge for edge in self.sources if not self.reaches[edge.node])
         settling = tuple(step for step in steps if step.settles)
         merged = {Edge(inner, 0): Edge(norm.index, 0) for inner, norm in absorbed.items()}
-        return Plan(tuple(steps), settling, visited, frozenset(relevance), ends, self.consumers, merged)
+        return Plan(tuple(steps), settling, visited, apart, frozenset(relevance), ends, self.consumers, merged)
 
     def _step(self, index: int, absorbed: dict[int, StepPlan], unknown: list[tuple[int, str]]) -> StepPlan:
         name = self.s.names[index]

@@ -7,6 +7,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 from dynlrp.auditor import Auditor
 from dynlrp.errors import (
@@ -279,6 +280,8 @@ class Walk:
 
     def run(self, seed: Tensor, root: Edge, keep: Sequence[Edge]) -> dict[Edge, Tensor]:
         """Send ``seed`` from ``root``; returns what arrived at each edge of ``keep``, in the edge's gauge."""
+        if self.plan.apart and is_batchedtensor(seed):
+            raise RuleError(f"{self.plan.apart} takes one multiplier at a time")
         try:
             return self._run(seed, root, keep)
         finally:

@@ -294,6 +294,8 @@ class Operation:
     """A running sum over steps."""
     own_dtype: bool = False
     """Its derivative is of use in the dtype of its forward alone, as it reads buffers that it filled there."""
+    apart: bool = False
+    """``torch.vmap`` computes its derivative wrongly: one multiplier at a time."""
     absorbs: int | None = None
     """Operand that must be the input for the operation to take a batch norm behind it into its weights."""
     affine: Callable[[Any], bool] | None = None

@@ -278,7 +278,7 @@ _statistic(
 _statistic(
     "DistBackward0", rule=Norm(), saved={0: "self", 1: "other"}, hides=missing, sign="nonnegative", **_order("p")
 )
-_statistic("CdistBackward0", saved={0: "x1", 1: "x2"}, hides=missing, sign="nonnegative", **_order("p"))
+_statistic("CdistBackward0", saved={0: "x1", 1: "x2"}, hides=missing, sign="nonnegative", apart=True, **_order("p"))
 _statistic("EuclideanDistBackward0", saved={0: "x1", 1: "x2"}, hides=missing, sign="nonnegative")
 _statistic("PdistBackward0", sign="nonnegative", **_order("p"))
 
