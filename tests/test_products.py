@@ -336,6 +336,17 @@ def test_multihead_attention(need_weights: bool, masked: bool) -> None:
     assert [row[name] for name in names] == [5 * 8 * 24, *[2 * 5 * 5 * 4] * 4, 5 * 8 * 8, 8 * 3]
 
 
+def test_the_fast_path_of_an_encoder_is_left() -> None:
+    """It would run without modules, in one function."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(40, 3)).eval().requires_grad_(False)
+    found = allocate_activations(net, X.float(), 5)
+    inside = ["self_attn:input", *(f"self_attn:{side}" for side in ("query", "key", "weights", "value")),
+              "self_attn:input:1", "linear1:input", "linear2:input"]  # fmt: skip
+    assert list(found.bits) == [*(f"0.layers.{n}.{name}" for n in (0, 1) for name in inside), "2:input"]
+
+
 @pytest.mark.parametrize(
     ("function", "name"),
     [
