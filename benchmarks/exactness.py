@@ -160,6 +160,8 @@ def text(rows: list[Comparison], findings: list[Finding]) -> str:
             "output is the share of biases and other constants); what dynlrp's ledger leaves open, relative to the "
             "output. Models are narrow and of the depth that is published; weights are random, except EfficientNet's. "
             "transformers computes RMSNorm in float32 whatever the precision of a model, which shows in the ledger. "
+            "No row: zennit and captum are for convolutional nets, and captum has no rule for ReLU6 and for padding; "
+            "LXT has patches for the transformers shown. "
             f"{sum(row.equal for row in rows)} of {len(rows)} rows are equal.",
             table_of_rules(rows),
             reasons(rows),

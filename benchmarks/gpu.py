@@ -14,6 +14,7 @@ transformers 4.52) on transformers.
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import json
 import math
@@ -145,7 +146,8 @@ def measure(
     for place, composite in enumerate(methods, 1):
         rows.append(
             {
-                "versions": f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__}",
+                "versions": f"{datetime.date.today()}; {torch.cuda.get_device_name() if cuda else 'CPU'}, "
+                f"torch {torch.__version__}, transformers {transformers.__version__}",
                 "model": name, "dtype": dtype, "batch": batch, "length": length, "composite": composite,
                 "gradient_ms": seconds[0] * 1e3, "time": seconds[place] / seconds[0],
                 "gradient_MiB": memory[0] / 2**20,
@@ -222,7 +224,8 @@ def write(rows: list[dict[str, Any]]) -> None:
     note += (
         " the share of the time in which kernels run; the rest are gaps, in which the device waits for Python. *CUDA"
     )
-    note += " graph* is the program of `trace`, captured; its memory is that of the graph and stays with it."
+    note += " graph* is the program of `trace`, captured; its memory is that of the graph and stays with it. zennit's"
+    note += " batch norms are not merged into convolutions here, so its ResNet-50 is not that of the other tables."
     write_section(RESULTS, "GPU", note + "\n\n" + table(header, body))
 
 

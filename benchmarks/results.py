@@ -15,7 +15,11 @@ import torch
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "RESULTS.md"
 CHARTS = FOLDER / "charts"
-HEAD = "# Results\n\nWritten by the scripts in this folder; each section names its command.\n"
+HEAD = """# Results
+
+Written by the scripts in this folder; each section names its command. What they do not write is the first section, a
+reading of the others.
+"""
 
 
 def write_section(path: Path, title: str, text: str) -> None:
@@ -46,11 +50,16 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB"
 
 
-def setting(command: str, packages: Iterable[str] = ()) -> str:
-    """When, with what and on what something was measured, and by which command."""
+def place(packages: Iterable[str] = ()) -> str:
+    """When, with what and on what something is measured."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", *packages)]
     threads = torch.get_num_threads()
     return (
         f"{datetime.date.today().isoformat()}; {machine()}, {threads} thread{'s' if threads > 1 else ''}; "
-        f"{', '.join(versions)}, Python {platform.python_version()}. Command: `{command}`."
+        f"{', '.join(versions)}, Python {platform.python_version()}"
     )
+
+
+def setting(command: str, packages: Iterable[str] = ()) -> str:
+    """The same, and by which command."""
+    return f"{place(packages)}. Command: `{command}`."

@@ -1,7 +1,7 @@
 """Time and memory of explanations beside forward + input gradient of the same model, and beside other libraries.
 
-    python -m benchmarks.speed [--quick] [--threads N] [--only MODEL ...] [--parts grid small scaling]
-                               [--rows FILE] [--write]
+    python -m benchmarks.speed [--quick] [--threads N] [--only MODEL ...] [--methods METHOD ...]
+                               [--parts grid small scaling] [--rows FILE] [--write]
 
 Everything runs interleaved in one process; the tables give medians and ratios, since absolute times depend on the
 machine. Memory is the peak of tensor memory above what the model holds, by the profiler's allocation events. Rows are
@@ -19,7 +19,8 @@ import resource
 import statistics
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ import transformers
 from torch import nn
 
 from benchmarks.architectures import LARGE, SMALL, TEXT, Case, llama
-from benchmarks.results import RESULTS, setting, table, write_section
+from benchmarks.results import RESULTS, place, table, write_section
 from benchmarks.rivals import METHODS
 from benchmarks.rivals.plain import gradient
 from benchmarks.timing import interleaved, peak_memory, slope
@@ -85,6 +86,8 @@ class Row:
     memory: float
     """Peak relative to the gradient's."""
     error: str = ""
+    where: str = ""
+    """When, on what and with what it was measured."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Point:
     method: str
     seconds: float
     bytes: int
+    where: str = ""
 
 
 def explanations(case: Case, composites: Iterable[str]) -> list[str]:
@@ -142,8 +146,10 @@ def measure(name: str, case: Case, load: Load, methods: list[str], rounds: int, 
     return [rows[method] for method in methods]
 
 
-def grid(names: Iterable[str], loads: Sequence[Load], rounds: int, budget: float) -> Iterator[Row]:
-    """Models at their true size."""
+def grid(
+    names: Iterable[str], loads: Sequence[Load], rounds: int, budget: float, only: Sequence[str] = ()
+) -> Iterator[Row]:
+    """Models at their true size, by all methods or some."""
     for name in names:
         images = name not in TEXT
         for load in loads:
@@ -154,7 +160,8 @@ def grid(names: Iterable[str], loads: Sequence[Load], rounds: int, budget: float
             case.model.eval().requires_grad_(not load.frozen)
             conv = any(isinstance(module, nn.Conv2d) for module in case.model.modules())
             composites = ("epsilon", "epsilon_plus", "auto") if conv else ("attnlrp",)
-            yield from measure(name, case, load, explanations(case, composites), rounds, budget)
+            methods = [method for method in explanations(case, composites) if method in only or not only]
+            yield from measure(name, case, load, methods, rounds, budget)
             del case
             gc.collect()
 
@@ -220,12 +227,19 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def table_of_rows(rows: Iterable[Row]) -> str:
+def places(measured: Iterable[Row | Point]) -> dict[str, str]:
+    """Where all that was measured, each with a mark; most of it has none."""
+    counts = Counter(one.where for one in measured)
+    return {where: "¹²³⁴⁵⁶⁷⁸⁹"[number - 1] * (number > 0) for number, (where, _) in enumerate(counts.most_common(10))}
+
+
+def table_of_rows(rows: Iterable[Row], marks: Mapping[str, str]) -> str:
     """Time and memory."""
     header = ["model", "samples x tokens", "method", "forward + gradient", "time / that", "spread", "first call / that"]
     body = [
         [
-            row.model, row.setting if row.model in TEXT else row.setting.replace(" x 128", ""), row.method,
+            row.model, row.setting if row.model in TEXT else row.setting.replace(" x 128", ""),
+            row.method + marks[row.where],
             _ms(row.gradient), *(
                 [row.error, "", ""] if row.error else [f"{row.time:.2f}", f"{row.spread:.0%}", f"{row.first:.2f}"]
             ),
@@ -236,12 +250,16 @@ def table_of_rows(rows: Iterable[Row]) -> str:
     return table([*header, "gradient's peak", "peak / that"], body)
 
 
-def table_of_small(rows: Sequence[Row]) -> str:
+def table_of_small(rows: Sequence[Row], marks: Mapping[str, str]) -> str:
     """Small models, and the medians over them."""
     found = {(row.model, row.method): row for row in rows}
     methods = list(dict.fromkeys(row.method for row in rows))
     body = [
-        [model, _ms(found[model, methods[0]].gradient), *(f"{found[model, method].time:.2f}" for method in methods)]
+        [
+            model + marks[found[model, methods[0]].where],
+            _ms(found[model, methods[0]].gradient),
+            *(f"{found[model, method].time:.2f}" for method in methods),
+        ]
         for model in dict.fromkeys(row.model for row in rows)
     ]
     medians = [statistics.median(row.time for row in rows if row.method == method) for method in methods]
@@ -265,7 +283,7 @@ def slopes(points: Iterable[Point], axis: str, value: str) -> dict[str, tuple[fl
     return result
 
 
-def table_of_points(points: Sequence[Point]) -> str:
+def table_of_points(points: Sequence[Point], marks: Mapping[str, str]) -> str:
     """Slopes and the figures at the ends."""
     body = []
     for axis in dict.fromkeys(point.axis for point in points):
@@ -275,7 +293,7 @@ def table_of_points(points: Sequence[Point]) -> str:
             end = last[method]
             body.append(
                 [
-                    axis, method, f"{low:,} to {high:,}", f"{steep:.2f}", f"{memory[method][0]:.2f}",
+                    axis, method + marks[end.where], f"{low:,} to {high:,}", f"{steep:.2f}", f"{memory[method][0]:.2f}",
                     f"{end.size:,}", _ms(end.seconds), f"{end.bytes / 2**20:.1f} MiB",
                 ]
             )  # fmt: skip
@@ -315,7 +333,7 @@ def goals(rows: Iterable[Row], points: Sequence[Point]) -> list[Goal]:
             ours = mine.get(
                 (row.model, row.setting, f"dynlrp {own}"), mine.get((row.model, row.setting, "dynlrp attnlrp"))
             )
-            if ours is not None:
+            if ours is not None and ours.where == row.where:
                 group = "LXT" if row.method.startswith("LXT") else ""
                 beside[group][f"{row.model}, {row.setting}, {row.method}"] = ours.time / row.time
     depth, tokens = slopes(points, "layers", "seconds"), slopes(points, "tokens", "bytes")
@@ -357,6 +375,7 @@ def main() -> None:
         "--memory", type=float, default=16, help="GiB that may be allocated; beyond that a method fails"
     )
     parser.add_argument("--only", nargs="+", default=list(LARGE), choices=list(LARGE), metavar="MODEL")
+    parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="some rows of the grid")
     parser.add_argument("--parts", nargs="*", default=["grid", "small", "scaling"])
     parser.add_argument("--rows", type=Path, default=Path("out/speed.jsonl"))
     parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md and the charts")
@@ -369,16 +388,18 @@ def main() -> None:
     rounds = options.rounds or (3 if options.quick else 9)
     budget = options.budget or (15.0 if options.quick else 300.0)
     found: dict[str, Iterator[Row] | Iterator[Point]] = {
-        "grid": grid(options.only, QUICK if options.quick else FULL, rounds, budget),
+        "grid": grid(options.only, QUICK if options.quick else FULL, rounds, budget, options.methods),
         "small": small(5 * rounds),
         "scaling": scaling(rounds, budget / 15, 1000 if options.quick else math.inf),
     }
+    there = dict.fromkeys(METHODS[name].package for name in RIVALS if METHODS[name].installed)
+    where = f"{place([str(name) for name in there])}; {rounds} rounds, {budget:.0f} s for each cell"
     options.rows.parent.mkdir(exist_ok=True)
     for part in options.parts:
         for row in found[part]:
             print(*(f"{v:.3g}" if isinstance(v, float) else v for v in asdict(row).values()), sep="  ", flush=True)
             with options.rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"part": part, **asdict(row)}) + "\n")
+                file.write(json.dumps({"part": part, **asdict(row), "where": where}) + "\n")
     if options.write:
         write(*read(options.rows))
 
@@ -400,9 +421,10 @@ def write(grid: list[Row], small: list[Row], points: list[Point]) -> None:
     """Tables and charts."""
     from benchmarks import charts
 
-    names = dict.fromkeys(METHODS[row.method].package for row in grid if row.method in RIVALS)
+    marks = places([*grid, *small, *points])
     parts = [
-        setting("python -m benchmarks.speed --write", [str(name) for name in names]),
+        "Command: `python -m benchmarks.speed --write`. Measured:",
+        "\n".join(f"* {mark} {where}.".replace("*  ", "* ") for where, mark in marks.items()),
         "float32. *dynlrp* is `explain`, *program* what `trace` gives, whose first call traces. Each beside forward "
         "+ input gradient of the same model, interleaved: medians, and half the distance of the quartiles as spread. "
         "*First call* is a model's first in a process that has explained other models. Weights are frozen unless said "
@@ -410,18 +432,18 @@ def write(grid: list[Row], small: list[Row], points: list[Point]) -> None:
         table_of_goals(goals(grid, points)),
         charts.bars(grid, "time", "time / forward + gradient", "speed"),
         charts.bars(grid, "memory", "peak memory / forward + gradient", "memory"),
-        table_of_rows(grid),
+        table_of_rows(grid, marks),
     ]
     if small:
         parts += [
             "Models so small that the cost per node is everything:",
-            table_of_small(small),
+            table_of_small(small, marks),
         ]
     if points:
         parts += [
             "A net of narrow layers that grows deeper, and a decoder of four layers that reads a longer text. A slope "
             "of 1 in logarithms is a cost in proportion to the size; slopes are taken over the upper half of sizes.",
-            table_of_points(points),
+            table_of_points(points, marks),
             charts.lines(points, "layers", "seconds", "depth"),
             charts.lines(points, "tokens", "seconds", "tokens"),
             charts.lines(points, "tokens", "bytes", "tokens_memory"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -141,7 +141,7 @@ def test_rows_of_the_grid_name_what_fails(case: Case, monkeypatch: pytest.Monkey
     assert ours.memory > 0
     assert plain.memory >= 1  # the product is one tensor more
     assert ours.weights == sum(p.numel() for p in case.model.parameters())
-    assert "no rule for this" in speed.table_of_rows([ours, failed, plain]).splitlines()[3]
+    assert "no rule for this" in speed.table_of_rows([ours, failed, plain], {"": ""}).splitlines()[3]
 
 
 def row(model: str, method: str, time: float, memory: float = 1.0, weights: int = 80_000_000) -> speed.Row:
@@ -205,6 +205,21 @@ def test_the_oracle_of_the_shared_layer_is_what_is_explained() -> None:
     # No bias: relevance is all of the output; and the oracle is a product of matrices, not one of either use alone.
     assert float(truth.sum()) == pytest.approx(model(x)[0, 0].item(), rel=1e-12)
     assert faults.off(faults.ours(model, x).relevance, truth) < 1e-12
+
+
+def test_what_was_measured_elsewhere_is_marked_and_not_compared() -> None:
+    here, there = "8 threads", "1 thread"
+    rows = [
+        replace(row("net", "dynlrp epsilon", 1.2), where=here),
+        replace(row("net", "captum LRP", 2.0), where=here),
+        replace(row("net", "zennit Epsilon", 2.0), where=there),
+    ]
+    marks = speed.places(rows)
+    assert marks == {here: "", there: "¹"}
+    lines = speed.table_of_rows(rows, marks).splitlines()[2:]
+    assert [line.split(" | ")[2] for line in lines] == ["dynlrp epsilon", "captum LRP", "zennit Epsilon¹"]
+    half = speed.goals(rows, [])[2]
+    assert half.figures == {"net, 1 x 128, captum LRP": pytest.approx(0.6)}
 
 
 def test_a_section_is_replaced_and_others_stay(tmp_path: Path) -> None:

@@ -104,8 +104,8 @@ READING = """### Reading
 * *Transformers.* A stabiliser of a tenth of the root mean square on dense layers is chosen for each network and is
   better than `auto` on three of four, by 0.2 to 4 %. `auto` stays with the exact rules all the same: they absorb
   nothing, need no outputs of layers, and put a tenth more of the relevance on the decoder's answer. Gamma on dense
-  layers does harm from 0.1 on in language models. On the ViT, gamma on the patch embedding, which `auto` has and
-  `attnlrp` has not, is worth a quarter.
+  layers does harm from 0.1 on to sentences and to the decoder. On the ViT, gamma on the patch embedding, which `auto`
+  has and `attnlrp` has not, is worth a quarter.
 * *Where we lose.* Grad-CAM tells photos in a mosaic apart better: it reads the last layer, where classes are apart, and
   spreads it, while relevance goes on to edges, also those of other photos. But its map is as coarse as that layer: on
   faces and shapes it is among the worst. SmoothGrad is as good as `auto` at flipping pixels of photos and faces, for
@@ -156,10 +156,11 @@ def chart(results: list[Result]) -> str:
 
 
 NOTE = """Means with 95 % intervals by bootstrap over samples; differences are of the same samples. All methods have the
-same samples and settings. ABPC is the area between the curves that hide the least and the most relevant first, as a
-mean over the hidden share (the DynamicLRP paper reports about four times that of the accuracy). In the chart `auto` is
-orange, dynlrp's other composites are blue, other methods grey. zennit's composites give the numbers of dynlrp's of the
-same name where no table has a row for them."""
+same samples and settings. ABPC is the area between the curves that hide the least (LeRF) and the most relevant first
+(MoRF), as a mean over the hidden share (the DynamicLRP paper reports about four times that of the accuracy); the areas
+under the two are called insertion and deletion. In the chart `auto` is orange, dynlrp's other composites are blue,
+other methods grey. zennit's composites give the numbers of dynlrp's of the same name where no table has a row for
+them."""
 
 
 def text(results: list[Result]) -> str:
