@@ -194,12 +194,22 @@ def trace(
     )
     frozen, buffers = survey(model, False)
     request = Request(model, inputs, [target], [condition or {}], options, frozen)
+    while True:
+        program, compared = _program(request, others, buffers)
+        if compared.record == request.record:
+            return program
+        request.record = compared.record  # constants that add up to nothing for some inputs do not for others
 
-    def explained(inputs: Any) -> Explanation:
-        ((_, explanation),) = answers(replace(request, inputs=inputs), buffers)
+
+def _program(request: Request, others: Any, buffers: Sequence[Buffer]) -> tuple[Program, Request]:
+    """A program, and the request for the other inputs that it was compared with, unless they have more recorded."""
+    model, inputs = request.model, request.inputs
+
+    def explained(request: Request) -> Explanation:
+        ((_, explanation),) = answers(request, buffers)
         return explanation
 
-    ((_, expected),) = answers(request, buffers)  # settles what forward passes have to record
+    expected = explained(request)  # settles what forward passes have to record
     leaves, spec = pytree.tree_flatten(as_dicts(inputs))
     template: list[Explanation] = []
 
@@ -218,22 +228,25 @@ def trace(
         module, told = _traced(run, tensors)
     _straighten(module)
     written = [entry for entry, version in zip(buffers, versions, strict=True) if entry[2]._version != version]
-    program = Program(module, template.pop(), inputs, explained, held, written)
+    program = Program(
+        module, template.pop(), inputs, lambda inputs: explained(replace(request, inputs=inputs)), held, written
+    )
     flipped = others is None
-    others = pytree.tree_map(_flipped, as_dicts(inputs)) if flipped else others
+    compared = replace(request, inputs=pytree.tree_map(_flipped, as_dicts(inputs)) if flipped else others)
     with _compiling() if told else nullcontext():
         if told and _is_half(expected):  # other kernels round in another way, which deep models multiply
-            expected = explained(inputs)
+            expected = explained(replace(request))
         _compare(program(inputs), expected)
         try:
-            expected = explained(others)
+            expected = explained(compared)
         except Exception as error:
             if not flipped:
                 raise
             advice = "flipped inputs are none for this model, pass others= to compare with"
             raise InputError(f"{advice}: {error}") from error
-    _compare(program(others), expected)
-    return program
+    if compared.record == request.record:
+        _compare(program(compared.inputs), expected)
+    return program, compared
 
 
 def _traced(run: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) -> tuple[fx.GraphModule, bool]:

@@ -256,6 +256,22 @@ def test_other_inputs_to_compare_with() -> None:
     equal(program(fresh), explain(bag, fresh))
 
 
+def test_constants_that_add_up_to_nothing_for_some_inputs() -> None:
+    """Nobody keeps what a remainder leaves out, and below the divisor it is nothing; for other inputs it is booked."""
+    model = nn.Sequential(Apply(lambda x: x.remainder(1.5)), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    model.requires_grad_(False)  # which saves nothing
+    small, large = torch.rand(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    large = large * 5
+    program = trace(model, small, 1, others=large)
+    for x in (small, large, large * 3):
+        found, expected = program(x), explain(model, x, 1)
+        assert torch.equal(found.relevance, expected.relevance)
+        assert found.ledger.closes
+        assert found.ledger.unresolved == []
+        assert found.ledger.accounts == pytest.approx(expected.ledger.accounts)
+    assert program(large).ledger.accounts["constants"] != 0.0
+
+
 def test_inputs_that_do_not_fit() -> None:
     model = convolutions()
     program = trace(model, draw(1, 2, 3, 12, 12))
