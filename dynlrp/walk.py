@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from dynlrp.auditor import Auditor
 from dynlrp.errors import (
@@ -494,13 +495,17 @@ class Walk:
         """Relevance of the number that the operation writes itself."""
         if g is None or not g.numel():
             return 0.0
-        parts = writes(live, g)
-        wide = torch.promote_types(g.dtype, torch.float32)
-        total = sum((part.sum(dtype=wide) for part in parts), torch.zeros((), dtype=wide, device=g.device))
-        if step.relevance_in or not parts:
-            return total
-        place = writes(live, live.output())[0]
-        return inner(total, place[(0,) * place.ndim])
+        number, wide = None, torch.promote_types(g.dtype, torch.float32)
+        places = writes(live, g if step.relevance_in else live.output())
+        if not places:
+            return 0.0
+        if not step.relevance_in:
+            number = places[0][(0,) * places[0].ndim]
+            if number.device.type == "cpu" and get_proxy_mode() is None and not number.item():
+                return number.new_zeros((), dtype=wide.to_real())  # on a GPU, or for a program, it is not known yet
+            places = writes(live, g)
+        total = sum((place.sum(dtype=wide) for place in places[1:]), places[0].sum(dtype=wide))
+        return total if number is None else inner(total, number)
 
     def _kept_back(
         self, step: StepPlan, live: LiveStep, grads: Grads, results: Sequence[Tensor | None]

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dynlrp import BrokenPromiseError, Composite, When, explain
+from dynlrp import BrokenPromiseError, Composite, When, explain, explain_many, trace
 from dynlrp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, WSquare, ZBox, ZPlus
 from tests import oracle
 from tests.conftest import close
@@ -969,6 +969,24 @@ def test_padding_with_a_number(way: str, name: str) -> None:
         constants = (top.relevance * (1 - there)).sum()
     explanation = explain(net, x, torch.sum, composite=only(rule))
     agrees(explanation, kept, {"constants": constants}, CASES[name].tolerance)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.75])
+def test_padding_in_programs_and_of_many_targets(value: float) -> None:
+    """Whether what is written is zero is looked up where that can be, and all entries of the ledger are there."""
+    layer = Layer(
+        lambda x, w, b: F.conv1d(F.pad(x, (2, 1), value=value), w, b).flatten(1), draw(0, 3, 2, 2), draw(1, 3)
+    )
+    x = draw(2, 4, 2, 5)
+    expected = explain(layer, x, 1)
+    found = [trace(layer, x, 1)(x), *explain_many(layer, x, [1, 1])]
+    scale = float(expected.ledger.output)
+    assert value == 0 or expected.ledger.accounts["constants"] != 0
+    for other in found:
+        same(other.relevance, expected.relevance)
+        assert len(other.ledger) == len(expected.ledger)
+        for account, amount in expected.ledger.accounts.items():
+            assert abs(other.ledger.accounts[account] - amount) < 1e-12 * abs(scale)
 
 
 def test_padding_has_no_part_in_a_samples_own_bounds() -> None:
