@@ -229,7 +229,7 @@ READING = """\
   gradients, and not better than the rounding error of the weights alone.
 * Seconds are of a busy processor: good for comparison among themselves."""
 
-WEIGHTS = Part("Mixed precision", "allocation", next(iter(SCORES)), find, NOTE, READING)
+WEIGHTS = Part("Mixed precision", "allocation", next(iter(SCORES)), find, NOTE, READING, draws=5, measured=5)
 
 
 def main() -> None:
@@ -239,9 +239,9 @@ def main() -> None:
     parser.add_argument("--development", action="store_true", help="development models, not the held-out ones")
     parser.add_argument("--activations", action="store_true", help="bits of activations, not of weights")
     parser.add_argument("--models", nargs="*", help="these alone")
-    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--draws", type=int, help="5; 3 for activations")
     parser.add_argument("--samples", type=int, default=32, help="calibration samples of a draw")
-    parser.add_argument("--measured", type=int, default=5, help="draws in which they are also measured one at a time")
+    parser.add_argument("--measured", type=int, help="draws in which they are also measured one at a time: 5; 1")
     parser.add_argument("--randoms", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--fresh", action="store_true", help="forget what was found")
@@ -249,10 +249,12 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    part = ACTIVATIONS if options.activations else WEIGHTS
     names = options.models or list(DEVELOPMENT if options.development else HELD_OUT)
+    options.draws = part.draws if options.draws is None else options.draws
+    options.measured = part.measured if options.measured is None else options.measured
     if options.quick:
         names, options.draws, options.samples, options.randoms = options.models or ["vit-b"], 2, 8, 2
-    part = ACTIVATIONS if options.activations else WEIGHTS
     results = {}
     for name in names:
         key = f"{part.chart}-{name}-{options.draws}-{options.samples}-{options.measured}-{options.randoms}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,24 +16,43 @@ from benchmarks.allocation_models import Subject
 from benchmarks.allocation_table import RANDOM, UNIFORM, Matrix, Part
 from dynlrp.allocation import Budget, Calibration, Task, find_layers
 from dynlrp.allocation.choices import Choices
-from dynlrp.allocation.operand_scores import measure_operands
+from dynlrp.allocation.operand_scores import OPERAND_SCORES, alike
 from dynlrp.allocation.products import multiplied
 from dynlrp.allocation.ranges import Range, Survey, survey
 from dynlrp.allocation.solver import solve
 
 BITS = (2, 3, 4, 5, 6, 8)
 BUDGETS = (3.0, 4.0, 5.0, 6.0)
-SCORES: dict[str, tuple[str, str]] = {
-    "activation error: sum (g da)²": ("error", "auto"),
-    "Fisher trace x ‖da‖², HAWQ-like": ("fisher", "auto"),
-    "Gauss-Newton: (sum g da)²": ("gauss_newton", "auto"),
-    "absolute relevance x relative noise, AttnLRP": ("relevance", "attnlrp"),
-    "absolute relevance x relative noise, AttnLRP and gamma": ("relevance", "auto"),
-    "absolute relevance x relative noise, CP-LRP": ("relevance", "cplrp"),
-    "gradient x input x relative noise": ("gradient_x_input", "auto"),
-    "relative noise": ("noise", "auto"),
+OURS = "activation error: sum (g da)²"
+
+
+def by_name(name: str, composite: str = "auto", same: bool = False) -> Callable[[Task, Survey], Matrix]:
+    """Costs by a score of the registry; ``same`` has samples count alike."""
+
+    def find(task: Task, survey: Survey) -> Matrix:
+        costs = alike(OPERAND_SCORES[name]) if same else OPERAND_SCORES[name]
+        rows = torch.cat(list(costs(replace(task, composite=composite), survey)))
+        return np.asarray(rows.mean(0).numpy())
+
+    return find
+
+
+SCORES: dict[str, Callable[[Task, Survey], Matrix]] = {
+    "Fisher trace and gradient x input, geometric mean": by_name("fisher_input"),
+    "activation error and AttnLRP's relevance, geometric mean": by_name("error_relevance", "attnlrp"),
+    "activation error: sum (g da)²": by_name("error"),
+    "activation error, samples alike": by_name("error", same=True),
+    "Fisher trace x ‖da‖², HAWQ-like": by_name("fisher"),
+    "Fisher trace x ‖da‖², samples alike": by_name("fisher", same=True),
+    "Gauss-Newton: (sum g da)²": by_name("gauss_newton"),
+    "absolute relevance x relative noise, AttnLRP": by_name("relevance", "attnlrp"),
+    "absolute relevance x relative noise, AttnLRP and gamma": by_name("relevance", "auto"),
+    "absolute relevance x relative noise, CP-LRP": by_name("relevance", "cplrp"),
+    "gradient x input x relative noise": by_name("gradient_x_input"),
+    "relative noise": by_name("noise"),
+    RANDOM: by_name("random"),
+    UNIFORM: by_name("uniform"),
 }
-"""Names in dynlrp's registry, and by which rules."""
 MEASURED = "measured, one activation at a time"
 
 
@@ -85,12 +106,10 @@ def find(subject: Subject, draws: int, samples: int, measured: int, randoms: int
     for draw in range(draws):
         task = trial.task(draw)
         found = survey(task)
-        every = {**SCORES, RANDOM: ("random", "auto"), UNIFORM: ("uniform", "auto")}
-        if draw < measured:
-            every[MEASURED] = ("measured", "auto")
-        for name, (score, composite) in every.items():
+        every = {**SCORES, MEASURED: by_name("measured")} if draw < measured else SCORES
+        for name, function in every.items():
             start = time.perf_counter()
-            cost = measure_operands(replace(task, composite=composite), found, score).mean.numpy()
+            cost = function(task, found)
             seconds = time.perf_counter() - start
             rows = [trial.evaluate(cost, found, budget) for budget in BUDGETS]
             entry = scores.setdefault(name, {"divergence": [], "right": [], "seconds": []})
@@ -102,6 +121,14 @@ def find(subject: Subject, draws: int, samples: int, measured: int, randoms: int
 
 
 NOTE = """\
-Bits for what layers are given and for both factors of attention's products, weights as they are; columns as above."""
+Bits for what layers are given and for both factors of attention's products, by each score, with weights as they are,
+on models that no choice was made on. Columns are as for weights; *over models* is the interval where models are drawn
+too.
+
+{draws} draws of {samples} samples; budgets of 3, 4, 5 and 6 bits over multiply-accumulates; activations from 2 to 8
+bits, rounded to nearest with a scale and zero point for each tensor, from the least and largest value of the draw;
+one random allocation for each draw; one activation at a time was measured in {measured} of the draws. CPU, threads:
+{threads}; torch {torch}, Python {python}. Command: `python -m benchmarks.allocation --activations --write`.
+"""
 READING = ""
-ACTIVATIONS = Part("Mixed precision of activations", "activations", next(iter(SCORES)), find, NOTE, READING)
+ACTIVATIONS = Part("Mixed precision of activations", "activations", OURS, find, NOTE, READING, draws=3, measured=1)

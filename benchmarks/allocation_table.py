@@ -31,6 +31,9 @@ class Part:
     """From a model, draws, samples, measured draws and random allocations to what every score gives."""
     note: str
     reading: str
+    draws: int
+    measured: int
+    """In so many draws one at a time is measured too."""
 
 
 def logs(found: dict[str, Any], name: str) -> Matrix:

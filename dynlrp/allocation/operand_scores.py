@@ -145,6 +145,26 @@ def _by(sides: Sides, cost: Cost) -> Costs:
     return costs
 
 
+def alike(costs: Costs) -> Costs:
+    """Every sample's numbers over their sum, so that samples count alike."""
+
+    def shares(task: Task, survey: Survey) -> Iterator[Tensor]:
+        for rows in costs(task, survey):
+            yield rows / rows.sum((1, 2), keepdim=True).clamp(min=LEAST)
+
+    return shares
+
+
+def _geometric_mean(one: Costs, other: Costs) -> Costs:
+    """Of what two scores say of a sample, each as a share."""
+
+    def mean(task: Task, survey: Survey) -> Iterator[Tensor]:
+        for a, b in zip(alike(one)(task, survey), alike(other)(task, survey), strict=True):
+            yield (a * b).sqrt()
+
+    return mean
+
+
 def _gradient_x_input(task: Task, survey: Survey) -> Iterator[Tensor]:
     return _by(_shares, _share_of_noise)(replace(task, composite="gradient_x_input"), survey)
 
@@ -183,6 +203,8 @@ OPERAND_SCORES: dict[str, Costs] = {
     "fisher": _by(_gradients, _fisher),
     "relevance": _by(_shares, _share_of_noise),
     "gradient_x_input": _gradient_x_input,
+    "error_relevance": _geometric_mean(_by(_gradients, _error), _by(_shares, _share_of_noise)),
+    "fisher_input": _geometric_mean(_by(_gradients, _fisher), _gradient_x_input),
     "noise": _by(_nothing, _noise),
     "measured": _measured,
     "uniform": _uniform,
@@ -190,8 +212,10 @@ OPERAND_SCORES: dict[str, Costs] = {
 }
 """All scores of activations by name. With ``da = Q_b(a) - a``, and ``g`` the gradient of a random probe of the
 divergence: ``error``, ``sum (g da)^2``, as ``weight_error`` has it of weights; ``gauss_newton``, ``(sum g da)^2``;
-``fisher``, the mean of ``g^2`` times ``sum da^2`` (HAWQ-V2, Dong et al. 2020). ``relevance``: the activation's share of
-``sum |R|`` times the relative noise ``sum da^2 / sum a^2`` (after Ranjan & Savakis 2024, who take relevance alone);
-``gradient_x_input``, the same with gradient times input. ``noise``: the relative noise alone. ``measured``: the
-divergence with this activation alone rounded, a run for every activation, candidate and batch. ``uniform``:
-multiply-accumulates times ``4^-b``; ``random``: a random number times that."""
+``fisher``, the mean of ``g^2`` times ``sum da^2`` (HAWQ-V2, Dong et al. 2020). ``relevance``: the activation's share
+of ``sum |R|`` times the relative noise ``sum da^2 / sum a^2`` (after Ranjan & Savakis 2024, who take relevance
+alone); ``gradient_x_input``, the same with gradient times input. ``error_relevance`` and ``fisher_input``: the
+geometric mean of ``error`` and ``relevance``, and of ``fisher`` and ``gradient_x_input``, of each sample's shares in
+them. ``noise``: the relative noise alone. ``measured``: the divergence with this activation alone rounded, a run for
+every activation, candidate and batch. ``uniform``: multiply-accumulates times ``4^-b``; ``random``: a random number
+times that."""
