@@ -161,6 +161,7 @@ class Explanation:
         values: Any = None,
         entry: str | int | None = None,
         title: str | None = None,
+        limit: float | None = None,
     ) -> Figure:
         """One sample's relevance as a matplotlib figure (needs ``dynlrp[plot]``).
 
@@ -171,8 +172,9 @@ class Explanation:
             values: the signal, for relevance along one dimension.
             entry: which input, by name or position; by default the first that has relevance.
             title: a line above the picture.
+            limit: the ``|relevance|`` that gets the full colour; by default the largest, of an image nearly so.
         """
-        figure: Figure = self._panel(sample, image, tokens, values, entry, title, text=False)
+        figure: Figure = self._panel(sample, image, tokens, values, entry, title, limit, text=False)
         return figure
 
     def save(
@@ -185,6 +187,7 @@ class Explanation:
         values: Any = None,
         entry: str | int | None = None,
         title: str = "Relevance",
+        limit: float | None = None,
     ) -> Path:
         """Write a picture (``.png``) or a self-contained page (``.html``) with the ledger and the audit, where
         there is one; returns the path.
@@ -209,7 +212,9 @@ class Explanation:
         def of(given: Any, number: int) -> Any:
             return given if given is None or sample is not None else given[number]
 
-        panels = [self._panel(n, of(image, n), of(tokens, n), of(values, n), entry, None, text=True) for n in numbers]
+        panels = [
+            self._panel(n, of(image, n), of(tokens, n), of(values, n), entry, None, limit, text=True) for n in numbers
+        ]
         return plot.save(
             path,
             *panels,
@@ -235,7 +240,16 @@ class Explanation:
         return tensor
 
     def _panel(
-        self, sample: int, image: Any, tokens: Any, values: Any, entry: Any, title: str | None, *, text: bool
+        self,
+        sample: int,
+        image: Any,
+        tokens: Any,
+        values: Any,
+        entry: Any,
+        title: str | None,
+        limit: float | None,
+        *,
+        text: bool,
     ) -> Any:
         from dynlrp import plot
 
@@ -247,11 +261,11 @@ class Explanation:
             if relevance.ndim > 1:
                 relevance = relevance.flatten(1).sum(1)
             if text:
-                return plot.Tokens(tokens, relevance, title)
-            return plot.tokens_figure(tokens, relevance, title=title)
+                return plot.Tokens(tokens, relevance, title, limit)
+            return plot.tokens_figure(tokens, relevance, title=title, limit=limit)
         if relevance.ndim >= 3 or (relevance.ndim == 2 and image is not None):
-            return plot.heatmap(relevance, image, title=title)
-        return plot.series(relevance, values, title=title)
+            return plot.heatmap(relevance, image, title=title, limit=limit)
+        return plot.series(relevance, values, title=title, limit=limit)
 
     def __repr__(self) -> str:
         def shape(value: Any) -> str:

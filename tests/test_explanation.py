@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynlrp import Explanation, InputError, explain
+from dynlrp import Explanation, InputError, explain, plot
 from tests.conftest import bias_free, close, sample
 from tests.peers import models as peers
 
@@ -139,6 +139,20 @@ def test_pictures_of_a_batch_take_one_entry_per_sample(tmp_path: Path) -> None:
     assert explanation.save(tmp_path / "one.html", image=pictures[1], sample=1).exists()
     with pytest.raises(InputError, match="image= holds 3 entries for 2 samples"):
         explanation.save(tmp_path / "one.png", image=pictures[0])
+
+
+def test_a_limit_sets_the_full_colour(tmp_path: Path) -> None:
+    explanation = explain(bias_free(4, 3), X)
+    words, second = ["a", "b", "c", "d"], float(explanation.relevance[0].abs().sort().values[-2])
+    page = explanation.save(tmp_path / "x.html", tokens=words, sample=0, limit=second).read_text("utf-8")
+    for number, value in enumerate(explanation.relevance[0].tolist()):
+        red, green, blue = plot.colours([value], limit=second)[0]
+        assert (
+            f"background:rgb({red},{green},{blue})" in page.split(f">{words[number]}</span>")[0].rsplit("<span", 1)[1]
+        )
+    (bars,) = explanation.plot(limit=second).axes[0].containers
+    shown = torch.tensor([bar.get_facecolor()[:3] for bar in bars], dtype=torch.float64) * 255
+    close(shown, plain(plot.colours(explanation.relevance[0], limit=second).tolist()), 1e-9)
 
 
 def test_what_cannot_be_shown_is_named(tmp_path: Path) -> None:
