@@ -39,7 +39,7 @@ for _reason, _names in (
             RreluWithNoiseBackwardBackward0 SelectBackwardBackward0 SigmoidBackwardBackward0 SliceBackwardBackward0
             SlowConv2DBackwardBackward0 SmoothL1LossBackwardBackward0 SoftMarginLossBackwardBackward0
             SoftmaxBackwardDataBackward0 SoftplusBackwardBackward0 SoftshrinkBackwardBackward0 TanhBackwardBackward0
-            ThresholdBackwardBackward0 UnfoldBackwardBackward0 UpsampleBicubic2DAaBackwardBackward0
+            ThresholdBackwardBackward0 UpsampleBicubic2DAaBackwardBackward0
             UpsampleBicubic2DBackwardBackward0 UpsampleBilinear2DAaBackwardBackward0
             UpsampleBilinear2DBackwardBackward0 UpsampleLanczos2DAaBackwardBackward0 UpsampleLinear1DBackwardBackward0
             UpsampleNearest1DBackwardBackward0 UpsampleNearest2DBackwardBackward0 UpsampleNearest3DBackwardBackward0

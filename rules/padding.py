@@ -67,3 +67,12 @@ linear_operation(
     sign="same",
     replay=lambda step, x: F.fold(x, step.node._input_metadata[0].shape[-2:], *_settings(step)),
 )
+
+
+def _overlap(step: Any, x: Tensor) -> Tensor:
+    shape = step.node._input_metadata[0].shape
+    result: Tensor = aten.unfold_backward(x, shape, signed(step.saved("dim")), step.saved("size"), step.saved("step"))
+    return result
+
+
+linear_operation("UnfoldBackwardBackward0", operands="+", replay=_overlap)  # frames that istft adds up

@@ -96,6 +96,9 @@ LINEAR: Table = {
         lambda x: F.unfold(x, 2), lambda x: F.unfold(x, (2, 3), dilation=2, padding=(1, 2), stride=(3, 1)),
     ),
     "Col2ImBackward0": on((2, 8, 25))(lambda x: F.fold(x, 6, 2), lambda x: F.fold(x, 10, 2, 2, 1, 2)),
+    "UnfoldBackwardBackward0": on((2, 4, 3))(
+        lambda x: aten.unfold_backward(x, (2, 6), 1, 3, 1), lambda x: aten.unfold_backward(x, (2, 9), -1, 3, 2),
+    ),
     "ConstantPadNdBackward0": on((3, 4))(lambda x: F.pad(x, (1, 2)), lambda x: F.pad(x, (-1, 2, 0, 1))),
     "ReflectionPad1DBackward0": on(LINE)(_padded("reflect", 1, 3), _padded("reflect", 0, 6)),
     "ReflectionPad2DBackward0": on(IMAGE)(_padded("reflect", 1, 3, 2, 0)),
@@ -402,6 +405,22 @@ def test_sampling_in_single_precision_on_a_cpu() -> None:
     same(replay(Operands(y.grad_fn), x.detach(), None), y.detach())
 
 
+def test_sound_from_its_spectrum() -> None:
+    """Frames that overlap are added up; the window's envelope divides them."""
+    window, shape = torch.hann_window(8, dtype=torch.float64), (2, 5, 5)
+    w = draw(1, 16, 3)
+
+    def model(re: Tensor, im: Tensor) -> Tensor:
+        return torch.istft(torch.complex(re, im), 8, 4, window=window) @ w
+
+    given = [draw(seed, *shape) for seed in (2, 3)]
+    found = explain(model, tuple(given), 1)
+    leaves = [x.clone().requires_grad_() for x in given]
+    for ours, x, g in zip(found.relevance, given, torch.autograd.grad(model(*leaves)[:, 1].sum(), leaves), strict=True):
+        same(ours, x * g)  # it is linear
+    assert found.ledger.closes
+
+
 KERNELS = {
     "MaxPool2DBackward0", "CudnnGridSamplerBackward0", "CudnnAffineGridGeneratorBackward0",
     "MkldnnMaxPool2DBackward0", "MkldnnMaxPool3DBackward0", "MkldnnAdaptiveAvgPool2DBackward0",
@@ -417,7 +436,7 @@ def test_nothing_is_forgotten() -> None:
         name
         for name in dir(torch._C._functions)
         if any(word in name for word in words) and not name.endswith("BackwardBackward0")
-    }
+    } | {"UnfoldBackwardBackward0"}  # which istft calls in its forward
     assert known == set(LINEAR) | set(CHOICE) | KERNELS
     assert known <= set(REGISTRY)
 
