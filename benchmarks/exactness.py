@@ -1,6 +1,6 @@
 """How far other libraries are from dynlrp with the same rules, and which of the two is right where they differ.
 
-    python -m benchmarks.exactness [--only NAME ...] [--write]
+    python -m benchmarks.exactness [--only NAME ...] [--quick] [--write]
 
 Every model is explained in float64 by each library that is made for it and by the composite of ours with the same
 rules. ``--write`` puts the tables into ``benchmarks/RESULTS.md``.
@@ -26,7 +26,7 @@ from dynlrp import explain
 
 EQUAL = 1e-5
 """Largest difference of what counts as equal: stabilisers of 1e-6, and RMSNorm, which transformers has in float32."""
-COMMAND = "python -m benchmarks.exactness --write"
+QUICK = ("VGG16", "GPT-2, 12 layers")
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,12 @@ def table_of_faults(findings: Iterable[Finding]) -> str:
     return table(header, [[f.library, f.fault, f.figure, f.theirs, f.truth, f.ours] for f in findings])
 
 
-def text(rows: list[Comparison], findings: list[Finding]) -> str:
+def text(rows: list[Comparison], findings: list[Finding], quick: bool) -> str:
     """The section."""
     packages = dict.fromkeys(method.package for method in METHODS.values() if method.package and method.installed)
     return "\n\n".join(
         [
-            setting(COMMAND, [str(name) for name in packages]),
+            setting(f"python -m benchmarks.exactness{' --quick' * quick} --write", [str(name) for name in packages]),
             "Each library beside dynlrp with the same rules, in float64: the largest difference, relative to the "
             "largest relevance; the same with the library's stabiliser in sums and pooling, where dynlrp needs none, "
             "a millionth of what it is; the cosine of both maps; their sums over the inputs (what is missing to the "
@@ -175,13 +175,14 @@ def text(rows: list[Comparison], findings: list[Finding]) -> str:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
+    parser.add_argument("--only", nargs="+", choices=list(MODELS), metavar="MODEL")
+    parser.add_argument("--quick", action="store_true", help="a convolutional net and a transformer: about a minute")
     parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")  # libraries' own
     rows, findings = [], []
-    for row in comparisons(options.only):
+    for row in comparisons(options.only or (QUICK if options.quick else MODELS)):
         rows.append(row)
         print(f"{row.model}  {row.method}  {row.difference:.1e}  {row.cosine:.4f}  {reading(row)}", flush=True)
     there = {method.package for method in METHODS.values() if method.installed}
@@ -190,7 +191,7 @@ def main() -> None:
             findings.append(find())
             print(findings[-1], flush=True)
     if options.write:
-        write_section(RESULTS, "Exactness", text(rows, findings))
+        write_section(RESULTS, "Exactness", text(rows, findings, options.quick))
 
 
 if __name__ == "__main__":
