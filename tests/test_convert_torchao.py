@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dynlrp import allocate
+from dynlrp.allocation import allocate_activations
 from dynlrp.allocation.convert import torchao_config
 from dynlrp.allocation.layers import find_layers
 from dynlrp.allocation.quantizer import Quantizer
@@ -110,3 +111,15 @@ def test_why_one_bit_is_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     torchao.quantize_(model, torchao.FqnToConfig({"0": torchao.IntxWeightOnlyConfig(torch.int1)}), filter_fn=None)
     assert not model[0].weight.dequantize().any()
+
+
+def test_rounded_activations_of_a_quantized_model() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    x = torch.rand(8, 16)
+    allocation = allocate(model, x, 8.0)
+    activations = allocate_activations(model, x, 5.0, weights=allocation)
+    made, rounded = allocation.apply(), allocation.apply(tool="float")
+    plain = made(x)
+    with activations.simulated(made), activations.simulated(rounded):
+        agree(made(x), rounded(x))
+        assert not torch.equal(made(x), plain)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dynlrp.allocation.layers import Layer
 from dynlrp.errors import InputError
@@ -98,7 +99,7 @@ class _Products(TorchFunctionMode):
         self.batch: int | None = None
         """Samples inside of ``multi_head_attention_forward``, which projects tokens first, samples second."""
         self._inside = {name for layer in layers.values() for name in layer.modules}
-        self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._weights = set(map(_memory, model.parameters()))
 
     def name(self, kind: str, path: str | None = None) -> str:
         """The name of the next activation of a kind in a module, by default the one that runs."""
@@ -139,7 +140,7 @@ class _Products(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _is_weight(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self._weights
+        return _memory(tensor) in self._weights
 
     def _product(
         self, multiply: Any, args: Any, kwargs: Any, first: int, left: str, right: str,
@@ -211,6 +212,12 @@ def _sizes(equation: str, operands: list[Tensor]) -> dict[Any, int]:
         for index, size in zip([*before, *range(-more, 0), *after], operand.shape, strict=True):
             sizes[index] = max(size, sizes.get(index, 1))
     return sizes
+
+
+def _memory(tensor: Tensor) -> tuple[bool, int]:
+    """Where its numbers are; quantized weights that are made of other tensors have no place of their own."""
+    wrapped = is_traceable_wrapper_subclass(tensor)
+    return wrapped, id(tensor) if wrapped else tensor.untyped_storage().data_ptr()
 
 
 def _softmax(scores: Tensor) -> Tensor:
