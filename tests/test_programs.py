@@ -429,16 +429,21 @@ def divide(machine: Machine) -> None:
     if np.abs(machine.value(b)).min() < 0.1:
         raise Skip
     machine.save(a, b)
+    ids, kind = quotient(machine, a, b, x, y)
+    machine.emit(ids, [Array(ids, Memory(kind))], lambda t: t[one] / t[two])
+
+
+def quotient(machine: Machine, a: Array, b: Array, x: Numbers, y: Numbers) -> tuple[Numbers, int]:
+    """Its numbers and kind."""
     kind = a.kind if a.kind == SIGNAL else max(a.kind, COEFFICIENT if b.kind == SIGNAL else b.kind)
 
-    def quotient(i: int, j: int) -> int:
+    def over(i: int, j: int) -> int:
         unit = 1 / machine.values[j]
         if kind == SIGNAL:
             return machine.number(machine.values[i] / machine.values[j], [(i, unit)])
         return machine.number(machine.values[i] / machine.values[j], account=ACCOUNTS[kind])
 
-    ids = both(machine, x, y, quotient)
-    machine.emit(ids, [Array(ids, Memory(kind))], lambda t: t[one] / t[two])
+    return both(machine, x, y, over), kind
 
 
 @operation(4)
@@ -672,7 +677,7 @@ def write(machine: Machine, array: Array, place: Any, ids: Numbers, kind: int, r
 
 @operation(4)
 def overwrite(machine: Machine) -> None:
-    """Copies, sums and fills in a part of a tensor."""
+    """Copies, sums, fills, products and quotients in a part of a tensor."""
     number = target(machine)
     array, draw_ = machine.arrays[number], machine.random
     at = draw_.randrange(array.ids.shape[0])
@@ -687,8 +692,18 @@ def overwrite(machine: Machine) -> None:
     )
     source = machine.arrays[other]
     ids = np.broadcast_to(source.ids, part.shape)
-    kind = draw_.choice(["copy", "add", "subtract", "fill"])
-    if kind == "copy":
+    kind = draw_.choice(["copy", "add", "subtract", "fill", "multiply", "divide"])
+    if kind == "multiply":
+        machine.save(source)
+        made = both(machine, part, ids, lambda i, j: product(machine, array, source, i, j))
+        write(machine, array, place, made, source.kind, lambda t: _do(t[number][place].mul_(t[other])))
+    elif kind == "divide":
+        if np.abs(machine.value(source)).min() < 0.1 or (array.kind == CONSTANT != source.kind):
+            raise Skip
+        machine.save(source)
+        made, of = quotient(machine, array, source, part, ids)
+        write(machine, array, place, made, of, lambda t: _do(t[number][place].div_(t[other])))
+    elif kind == "copy":
         write(machine, array, place, ids, source.kind, lambda t: _do(t[number][place].copy_(t[other])))
     elif kind == "fill":
         filled = machine.constants(np.full(part.shape, 0.4))
