@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -154,7 +154,8 @@ class Run:
         """Ask for one number per id of every embedding that one of ``inputs`` indexes; returns the numbers of the
         results."""
         first = len(self.groups)
-        found = find_rows(self.graph, inputs, self.sources())
+        with self._again():
+            found = find_rows(self.graph, inputs, self.sources())
         self.groups += [Group(embeddings, ids.shape) for embeddings, ids in zip(found, inputs, strict=True)]
         return list(range(first, len(self.groups)))
 
@@ -321,10 +322,13 @@ class Run:
 
     @contextmanager
     def _passing(self) -> Iterator[None]:
-        again = self.aliases if self.aliases is not None and self.aliases.reruns else nullcontext()
         recording = torch.set_grad_enabled(self.attached)
-        with recording, torch.autocast(self.starts[0].device.type, enabled=False), again:
+        with recording, torch.autocast(self.starts[0].device.type, enabled=False), self._again():
             yield
+
+    def _again(self) -> AbstractContextManager[object]:
+        """Where saved tensors are read, which may run parts of the model again."""
+        return self.aliases if self.aliases is not None and self.aliases.reruns else nullcontext()
 
     def room(self) -> int:
         """How many multipliers of the largest tensor on the way ``MEMORY`` holds a few times over."""

@@ -140,9 +140,9 @@ register(
         blocked=lambda written: (
             ""
             if written
-            else "an operation that is no copy, sum, fill, product, quotient or piecewise linear function wrote into a "
-            "view in place, and autograd does not tell which: write it out of place, x = torch.cat([f(x[:1]), x[1:]]) "
-            "instead of f_(x[:1])"
+            else "an operation that is no copy, sum, fill, product or quotient (of real numbers) or piecewise linear "
+            "function wrote into a view in place, and autograd does not tell which: write it out of place, "
+            "x = torch.cat([f(x[:1]), x[1:]]) instead of f_(x[:1])"
         ),
     )
 )

@@ -81,6 +81,28 @@ def test_checkpoints_that_are_not_reentrant(composite: str, frozen: bool, option
         close(found.parameters[name], value)
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_an_embedding_inside_a_checkpoint(by_hand: bool, composite: str, frozen: bool) -> None:
+    """Its indices are read from what the checkpoint saves."""
+
+    class Model(nn.Module):
+        def __init__(self, checkpoints: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.head, self.checkpoints = nn.Embedding(6, 4), nn.Linear(4, 3), checkpoints
+
+        def embed(self, ids: Tensor) -> Tensor:
+            return (self.words.weight[ids] if by_hand else self.words(ids)).sigmoid()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            h = checkpoint(self.embed, ids, use_reentrant=False) if self.checkpoints else self.embed(ids)
+            return self.head(h.mean(1))
+
+    ids = torch.tensor([[1, 2, 0], [3, 1, 4]])
+    models = [Model(checkpoints).double().requires_grad_(not frozen) for checkpoints in (True, False)]
+    same(*(explain(model, ids, 1, composite=composite) for model in models))
+
+
 def test_a_checkpointed_transformer(frozen: bool) -> None:
     model, inputs, target = sample("gpt2")
     expected = explain(model, inputs, target)
