@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import networkx as nx
 import numpy as np
 
 from dynlrp.allocation.budget import Budget
@@ -31,6 +30,8 @@ class Choices:
         weights: Mapping[str, int],
         budget: Budget,
     ) -> None:
+        import networkx as nx
+
         owner = {name: number for number, (names, _) in enumerate(groups) for name in names}
         together = nx.empty_graph(len(groups))
         free = [[name for name in product.activations if name in owner] for product in found.products]
