@@ -335,7 +335,8 @@ class Run:
         if len(self.starts) == 1:
             return 1
         self.plan = self.plan or self._settled()
-        sizes = [math.prod(made.shape) * made.dtype.itemsize for made in self._made(self.plan)]
+        flat = (made for made in self._made(self.plan) if not made.is_nested_tensor)  # which have no shape
+        sizes = [math.prod(made.shape) * made.dtype.itemsize for made in flat]
         return max(1, MEMORY // (8 * max(sizes, default=1)))
 
     def _made(self, plan: Plan) -> Iterator[Any]:

@@ -166,6 +166,19 @@ def test_an_operation_that_takes_one_multiplier_at_a_time(registry: dict[str, An
         same(found, explain(model, x, target), 1e-12)
 
 
+@pytest.mark.filterwarnings("ignore")  # nested tensors are a prototype
+def test_nested_tensors_take_one_multiplier_at_a_time() -> None:
+    last = nn.Linear(4, 3).double()
+
+    def model(x: Tensor) -> Tensor:
+        parts = torch.nested.as_nested_tensor([x[0, :3], x[1, :4]]) * 2.0
+        return last(torch.nested.to_padded_tensor(parts, 0.0))
+
+    x = oracle.draw(0, 2, 4)
+    for target, found in enumerate(explain_many(model, x, range(3))):
+        same(found, explain(model, x, target), 1e-12)
+
+
 @pytest.mark.parametrize("order", [1.0, 2.0, 3.0])
 def test_distances_take_one_multiplier_at_a_time(order: float) -> None:
     """PyTorch's own batching of their derivative is wrong."""
