@@ -26,7 +26,7 @@ from dynlrp.graph import CHANGED, Node, saved, vjp
 from dynlrp.rules.operation import REGISTRY, Grads
 
 DTYPES = (torch.float32, torch.float64)
-OF_DTYPE = re.compile("dtype|scalar type|data type|float16|half", re.IGNORECASE)
+OF_DTYPE = re.compile("dtype|scalar type|data type|input type|float16|half", re.IGNORECASE)
 """What kernels say that compute in other dtypes."""
 PIECES = 3
 """bfloat16 has 8 digits, float32 has 24."""

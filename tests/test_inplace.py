@@ -348,6 +348,22 @@ def test_a_product_in_place_inside_a_checkpoint(name: str) -> None:
     assert found.ledger.closes
 
 
+def test_a_write_in_place_beside_a_convolution_inside_a_checkpoint() -> None:
+    """Which takes its input in its own precision alone, when the checkpoint runs it again."""
+    layer, head = nn.Conv1d(2, 2, 2), nn.Linear(6, 3)
+
+    def block(x: Tensor) -> Tensor:
+        y = layer(x) * 1.5
+        F.relu_(y[..., :2])
+        return y
+
+    x = draw(0, 2, 2, 4).float()
+    ours = explain(lambda x: head(checkpoint(block, x, use_reentrant=False).flatten(1)), x, 1, precision=torch.float64)
+    plain = explain(lambda x: head(block(x).flatten(1)), x, 1, precision=torch.float64)
+    torch.testing.assert_close(ours.relevance, plain.relevance, rtol=1e-5, atol=1e-7)  # the model's own digits
+    assert ours.ledger.closes
+
+
 def test_a_graph_with_a_product_in_place() -> None:
     ours, plain = pair("signal")
     x = draw(0, 3, 4).requires_grad_()
