@@ -134,6 +134,8 @@ class TermRule(Rule):
 
     positive: ClassVar[bool] = False
     """No term is negative, so that the stabiliser is one more bias."""
+    real: ClassVar[bool] = True
+    """It tells positive numbers from negative ones."""
 
     def groups(self, step: Step, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor) -> Sequence[Group]:
         """The groups of terms for input, weight, bias and the relevance of the output."""
@@ -170,6 +172,8 @@ class TermRule(Rule):
             return results
         x = step.operand(math.input(step))
         w, b = self._parameters(step)
+        if self.real and w.is_complex():
+            raise TypeError("complex numbers are neither positive nor negative: give this operation Epsilon() or VJP()")
         shares, absorbed = self.shares(step, x, w, b, g)
         step.book("absorbed", absorbed)
         for terms, s, total in shares:
@@ -280,6 +284,8 @@ class Epsilon(TermRule):
 
     With ``epsilon=0``, the limit, no activation and no division is needed: the multiplier passes by the VJP.
     """
+
+    real = False
 
     epsilon: float = 0.0
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dynlrp import Composite, explain, relevance
-from dynlrp.rules import REGISTRY, Epsilon
+from dynlrp import Composite, RuleError, explain, relevance
+from dynlrp.rules import REGISTRY, AlphaBeta, Epsilon, Flat, Gamma, Rule, WSquare, ZBox, ZPlus
 from tests import oracle
 from tests.oracle import agrees, draw, same
 from tests.test_elementwise import names
@@ -369,3 +369,9 @@ def test_inputs_of_both_kinds() -> None:
     parts: Sequence[Tensor] = (draw(0, 3, 4), numbers(1, 3, 4))
     explanation = explain(lambda x, z: torch.complex(x, x) + z * 2, tuple(parts), weighed(torch.ones(3, 4, 2).double()))
     agrees(explanation, [2 * parts[0], 2 * (parts[1].real + parts[1].imag)])
+
+
+@pytest.mark.parametrize("rule", [Gamma(0.25), ZPlus(), AlphaBeta(2, 1), Flat(), WSquare(), ZBox(-1, 1)], ids=str)
+def test_rules_that_ask_for_a_sign_are_refused(rule: Rule) -> None:
+    with pytest.raises(RuleError, match=r"MmBackward0 in the model.*neither positive nor negative"):
+        explain(lambda z: (z @ W).abs(), numbers(0, 3, 4), 0, composite=Composite.of("signs", {"dense": rule}))
