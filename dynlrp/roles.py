@@ -67,11 +67,19 @@ class _Reader:
         self.leaves = dict(graph.traits) if isinstance(graph, Structure) else {}
         self.known = [REGISTRY.get(name) for name in graph.names]
         self.operands: list[tuple[Edge | None, ...]] = []
-        """Those that a source lies behind; the others are None, as what autograd did not record."""
-        for operands in graph.operands:
-            kept = tuple([e if e is not None and (e in sources or reaches[e.node]) else None for e in operands])
+        """Those that a source lies behind; the others are None, as what autograd did not record. What a module returned
+        is what it is made of."""
+        same: dict[Edge, Edge] = {}
+        for index, operands in enumerate(graph.operands):
+            kept = tuple(
+                [same.get(e, e) if e is not None and (e in sources or reaches[e.node]) else None for e in operands]
+            )
             self.operands.append(kept)
             reaches.append(any(edge is not None for edge in kept))
+            operation = self.known[index]
+            if operation is not None and operation.identity:
+                made = {Edge(index, number): edge for number, edge in enumerate(kept) if edge is not None}
+                same.update((one, other) for one, other in made.items() if one not in sources)
         self.present = [[edge for edge in operands if edge is not None] for operands in self.operands]
         self.rearranged = self._ends(self._copies)
         """For every node, the first tensor below that is more than a rearrangement; None for the node's own."""

@@ -54,6 +54,7 @@ for _name, _module in (
         family="movement",
         rule=Untouched(),
         copies=True,
+        identity=True,
         sign="same",
         replay=lambda step, *xs: xs,
         **comes_from(_module),

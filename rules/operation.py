@@ -286,6 +286,8 @@ class Operation:
     """A product with this function's value is gated."""
     softmax: Rule | None = None
     """The rule where it is a part of a softmax that is written out."""
+    identity: bool = False
+    """Its outputs are its operands, one by one."""
     bounds: bool = False
     """Its value is that of its operand, kept within bounds."""
     decay: bool = False

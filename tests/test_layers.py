@@ -101,6 +101,28 @@ class Aliased(nn.Module):
         return self.head(self.use(whole, again, self.part(whole)))
 
 
+class Gated(nn.Module):
+    """``h * sigmoid(h)``, through modules that return what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.gate, self.carrier = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(self.gate(h).sigmoid() * self.carrier(h))
+
+
+@pytest.mark.parametrize("layer", ["gate", "carrier", "first", "*"])
+def test_a_gate_is_its_own_whatever_is_asked(layer: str) -> None:
+    model, x = Gated().double(), X[:, 0]
+    plain = explain(model, x, 1)
+    close(explain(model, x, 1, layers=layer).relevance, plain.relevance)
+    model.carrier.register_full_backward_hook(lambda *_: None)
+    close(explain(model, x, 1).relevance, plain.relevance)
+
+
 ONE_MEMORY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "view written, base read": lambda whole, again, half: half.relu_() + whole[..., 3:] + whole[..., :3],
     "view written, other view read": lambda whole, again, half: half.relu_() + again.mT[..., :3],
