@@ -24,11 +24,13 @@ from dynlrp.errors import (
     TraceError,
     TrainingModeError,
     UnknownOperationError,
+    UnsupportedOperatorError,
 )
 from dynlrp.explain import explain, explain_many, relevance
 from dynlrp.explanation import Explanation
 from dynlrp.generation import Generation, explain_generation
 from dynlrp.ledger import Ledger
+from dynlrp.onnx import load_onnx
 from dynlrp.program import Program, trace
 from dynlrp.target import Contrast
 
@@ -61,6 +63,7 @@ __all__ = [
     "TraceError",
     "TrainingModeError",
     "UnknownOperationError",
+    "UnsupportedOperatorError",
     "When",
     "__version__",
     "allocate",
@@ -70,6 +73,7 @@ __all__ = [
     "explain",
     "explain_generation",
     "explain_many",
+    "load_onnx",
     "relevance",
     "rules",
     "trace",

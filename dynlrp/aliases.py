@@ -49,6 +49,9 @@ SUMMANDS: Mapping[Any, tuple[int | str, ...]] = {
 }  # fmt: skip
 """Arguments that may require grad without that autograd saves more for it."""
 
+VIEWS = frozenset(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
+"""Attributes that are functions of the tensor."""
+
 
 class Aliases(TorchFunctionMode):
     """Lets frozen parameters take part in the graph through stand-ins that share their memory.
@@ -91,7 +94,8 @@ class Aliases(TorchFunctionMode):
             kwargs = {}
         if not self._meets(args, multiplies) and not (kwargs and self._meets(kwargs.values(), multiplies)):
             return func(*args, **kwargs)
-        if getattr(func, "__name__", "") in ("__get__", "__set__") or not torch.is_grad_enabled():
+        attribute = getattr(func, "__name__", "") in ("__get__", "__set__") and func not in VIEWS
+        if attribute or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         frozen = multiplies and self._signal((*args, *kwargs.values()))
         inside = self._attached and hooks is not None and hooks[0].__module__ == CHECKPOINT

@@ -66,6 +66,21 @@ def kind(value: object) -> str:
     return type(value).__name__
 
 
+class UnsupportedOperatorError(DynLRPError):
+    """An ONNX file has operators that are not read. ``nodes`` are the names of their nodes, by operator."""
+
+    def __init__(self, nodes: Mapping[str, Sequence[str]]) -> None:
+        self.nodes = {kind: list(names) for kind, names in nodes.items()}
+        lines = "".join(
+            f"\n  {kind}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+            for kind, names in self.nodes.items()
+        )
+        super().__init__(
+            f"{len(self.nodes)} operator(s) of this file are not read:{lines}\n"
+            f"Enter what one does with dynlrp.onnx.operator(name), a function of the node and its inputs."
+        )
+
+
 class BrokenPromiseError(DynLRPError):
     """A rule needs an activation that the graph did not keep and that cannot be recomputed."""
 

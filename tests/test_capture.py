@@ -139,6 +139,7 @@ USES: dict[str, Callable[[Exotic, Tensor], Tensor]] = {
     "matmul": lambda m, x: x @ m.weight + m.bias,
     "matmul from the left": lambda m, x: (m.weight @ x.t() + m.bias[:, None]).t(),
     "transposed": lambda m, x: torch.addmm(m.bias, x, m.weight.t()),
+    "transposed by attribute": lambda m, x: F.linear(x, m.weight.T, m.bias) + x @ m.weight.mT,
     "baddbmm": lambda m, x: torch.baddbmm(m.bias, x[None], m.weight[None])[0],
     "in place": lambda m, x: (x * 1.0).add_(m.bias).mul_(m.scale),
     "from the left": lambda m, x: m.bias + m.scale * x,
@@ -188,6 +189,7 @@ def test_frozen_parameters_take_part_whatever_their_use(name: str, composite: st
         "from the left",
         "einsum",
         "transposed",
+        "transposed by attribute",
     ],
 )
 def test_nothing_is_saved_for_the_sake_of_frozen_parameters(name: str) -> None:

@@ -88,7 +88,7 @@ def test_names() -> None:
         ("nothing*", "`dynlrp zoo` lists them"),
         ("zzzzzz", "no model is called 'zzzzzz': A model is"),
         ("./no/folder", "no model is called './no/folder': A model is"),
-        ("model.onnx", "ONNX files cannot be read yet"),
+        ("model.onnx", "there is no file model.onnx"),
         (":x", "is not package.module:attribute"),
         ("a b:x", "is not package.module:attribute"),
         ("torch.nn:", "is not package.module:attribute"),

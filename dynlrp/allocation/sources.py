@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dynlrp.allocation.extras import needs
 from dynlrp.errors import InputError
+from dynlrp.onnx import load_onnx
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 Named = dict[str, Tensor]
@@ -41,7 +42,10 @@ class Preparation:
 
 
 def load_model(source: str) -> nn.Module:
-    """The model that a folder of transformers holds, or that ``package.module:attribute`` is or makes, in eval mode."""
+    """The model that a folder of transformers or an ``.onnx`` file holds, or that ``package.module:attribute`` is or
+    makes, in eval mode."""
+    if source.endswith(".onnx"):
+        return load_onnx(source)
     if ":" in source:
         from dynlrp.zoo.imported import build
 

@@ -31,15 +31,17 @@ def find(model: str, shape: tuple[int, ...] | None = None) -> list[Entry]:
 
     Args:
         model: a name of the zoo, with or without what stands before the slash, or a glob of names; a folder with a
-            transformers ``config.json``; ``package.module:attribute``, a model, a class or a function that makes one;
-            a timm model.
+            transformers ``config.json``; an ``.onnx`` file; ``package.module:attribute``, a model, a class or a
+            function that makes one; a timm model.
         shape: of the input, where the model is not one of the zoo.
 
     Raises:
         ZooError: there is no such model, and the nearest names are given; or it has inputs of its own.
     """
     if model.endswith(".onnx"):
-        raise ZooError(f"{model}: ONNX files cannot be read yet. Give the PyTorch model that it was exported from.")
+        from dynlrp.zoo import onnx_file
+
+        return [onnx_file.entry(Path(model), shape)]
     if ":" in model:
         from dynlrp.zoo import imported
 
@@ -158,5 +160,5 @@ def _unknown(model: str) -> str:
     suggestion = f"did you mean {', '.join(names)}? " if names else ""
     return (
         f"no model is called {model!r}: {suggestion}A model is a name that `dynlrp zoo` lists, a folder with a "
-        f"config.json, or package.module:attribute."
+        f"config.json, an .onnx file, or package.module:attribute."
     )
