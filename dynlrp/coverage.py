@@ -282,7 +282,9 @@ def idle(captured: Captured) -> tuple[Idle, ...]:
     found = []
     for name, module in model.named_modules():
         parameters = sum(p.numel() for p in module.parameters())
-        if name not in busy and name.rpartition(".")[0] in busy and parameters:
+        # Where frozen numbers of a mere container are used, nothing tells.
+        told = type(module).forward is not nn.Module.forward or any(p.requires_grad for p in module.parameters())
+        if name not in busy and name.rpartition(".")[0] in busy and parameters and told:
             found.append(Idle(name, parameters, any(id(part) in captured.ran for part in module.modules())))
     return tuple(found)
 

@@ -390,4 +390,5 @@ def test_reports_take_a_file(shape: tuple[int, ...] | None, tmp_path: Path) -> N
     assert report.title == "net"
     assert report.covered == report.nodes > 0
     assert report.verified == report.reached > 0
+    assert not report.idle
     assert isinstance(load_model(str(file)), nn.Module)
