@@ -201,11 +201,11 @@ def find(subject: Subject, draws: int, samples: int, measured: int, randoms: int
 NOTE = """\
 Bits for every layer by each score, on models that no choice was made on. *log ratio*: the mean over models, draws of
 calibration samples and budgets of log(divergence / divergence of uniform bits), lower is better, with a 95 %
-bootstrap interval over draws, the models fixed. *weight error minus it* is paired: below 0, weight error is better.
-*over models* is its interval where models are drawn too. *win rate*: of weight error against it, over models, draws
-and budgets; a draw counts half. *right*: right outputs, or for EfficientNet-Lite0 those that stay the same; *points
-right* is the paired difference in percentage points, with an interval over models. *seconds*: for scoring, of
-{samples} samples. The last columns are the log ratio of every model.
+bootstrap interval over draws, the models fixed. *default minus it* is paired, with what allocate takes where no score
+is named: below 0, that is better. *over models* is its interval where models are drawn too. *win rate*: of the
+default against it, over models, draws and budgets; a draw counts half. *right*: right outputs, or for
+EfficientNet-Lite0 those that stay the same; *points right* is the paired difference in percentage points, with an
+interval over models. *seconds*: for scoring, of {samples} samples. The last columns are the log ratio of every model.
 
 {draws} draws of {samples} samples; budgets of 2.25, 2.5, 3, 3.5, 4 and 5 bits; weights from 2 to 8 bits, rounded to
 nearest with a scale for each channel; {randoms} random allocations; one layer at a time was measured in {measured} of

@@ -26,7 +26,7 @@ class Part:
     chart: str
     """Name of the chart's file."""
     ours: str
-    """The score that others are compared with."""
+    """The score that others are compared with, which is the default."""
     find: Callable[[Subject, int, int, int, int], dict[str, Any]]
     """From a model, draws, samples, measured draws and random allocations to what every score gives."""
     note: str
@@ -37,11 +37,11 @@ class Part:
 
 
 def logs(found: dict[str, Any], name: str) -> Matrix:
-    """log(divergence / uniform's) of each draw and budget; a score that no samples take part in has one draw."""
+    """log(divergence / uniform's) of each draw and budget; where no samples take part in uniform bits, they are one."""
     scores = found["scores"]
     floor = 1e-12
     own, uniform = (np.array(scores[n]["divergence"]) + floor for n in (name, UNIFORM))
-    return np.asarray(np.log(own / uniform))
+    return np.asarray(np.log(own / uniform[: len(own)]))
 
 
 def interval(groups: list[Matrix], others: bool = False, rounds: int = 10_000) -> tuple[float, float, float]:
@@ -98,8 +98,7 @@ def compare(results: dict[str, Any], ours: str) -> list[dict[str, Any]]:
 
 def as_table(rows: list[dict[str, Any]], names: list[str], ours: str) -> str:
     """The table."""
-    minus = f"{ours.split(':')[0]} minus it"
-    header = ["score", "log ratio", minus, "over models", "win rate", "right", "points right", "seconds"]
+    header = ["score", "log ratio", "default minus it", "over models", "win rate", "right", "points right", "seconds"]
     lines = []
     for row in rows:
         pair = [_show(row["difference"], "+"), _show(row["elsewhere"], "+"), f"{row['wins']:.0%}"]
@@ -142,6 +141,6 @@ def draw_chart(rows: list[dict[str, Any]], names: list[str], path: Path) -> None
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
     axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set_xlabel("mean of log(divergence / that of uniform bits): left is better")
-    axes.legend(loc="lower left", fontsize="small")
+    axes.set_xlabel("mean log(divergence / uniform's): left is better")
+    axes.legend(loc="best", fontsize="small")
     figure.savefig(path, metadata={"Date": None})

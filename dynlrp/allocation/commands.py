@@ -15,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
+from dynlrp.allocation import operand_scores
 from dynlrp.allocation.scores import DEFAULT
 from dynlrp.terminal import CompositeName, errors, numbers, show
 
@@ -134,7 +135,9 @@ def allocate_activations(
         Path | None, typer.Option(help="What allocate wrote: bits of weights, for operations on bits.")
     ] = None,
     candidates: Annotated[str, typer.Option(help="Bits that an activation may get.")] = "3,4,5,6,8",
-    score: Annotated[str, typer.Option(help="What decides: a name in dynlrp.allocation.OPERAND_SCORES.")] = "error",
+    score: Annotated[
+        str, typer.Option(help="What decides: a name in dynlrp.allocation.OPERAND_SCORES.")
+    ] = operand_scores.DEFAULT,
     group: Annotated[
         list[str] | None,
         typer.Option(help="Activations that share bits, as in '*.query:input,*.key:input'; may be repeated."),

@@ -29,6 +29,8 @@ Total = Callable[[Tensor], Tensor]
 """The sum over each sample, ``(samples,)``."""
 Cost = Callable[[Total, Tensor, Tensor, Tensor], Tensor]
 """From such a tensor ``side``, the activation ``a`` and its error ``da`` to a number for each sample."""
+DEFAULT = "fisher_input"
+"""The score that is taken where none is named: the one that does best in ``benchmarks/allocation_activations.py``."""
 LEAST = 1e-300
 """Nothing over nothing is 0."""
 

@@ -18,7 +18,7 @@ from dynlrp.allocation.choices import Choices, operations
 from dynlrp.allocation.divergence import Divergence, Kind
 from dynlrp.allocation.groups import Groups, make_groups, make_pins, pin_groups
 from dynlrp.allocation.layers import find_layers
-from dynlrp.allocation.operand_scores import measure_operands
+from dynlrp.allocation.operand_scores import DEFAULT, measure_operands
 from dynlrp.allocation.products import multiplied
 from dynlrp.allocation.provenance import made_from
 from dynlrp.allocation.quantizer import widths_of
@@ -143,7 +143,7 @@ def allocate_activations(
     candidates: Iterable[int] = (3, 4, 5, 6, 8),
     *,
     weights: Allocation | Mapping[str, int] | None = None,
-    score: str | Scores = "error",
+    score: str | Scores = DEFAULT,
     groups: Groups = (),
     pinned: Mapping[str, int | None] | None = None,
     layers: str | Iterable[str] = "*",
