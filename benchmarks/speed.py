@@ -233,6 +233,11 @@ def places(measured: Iterable[Row | Point]) -> dict[str, str]:
     return {where: "¹²³⁴⁵⁶⁷⁸⁹"[number - 1] * (number > 0) for number, (where, _) in enumerate(counts.most_common(10))}
 
 
+def _spread(row: Row) -> str:
+    """One round has none."""
+    return f"{row.spread:.0%}" if row.spread else ""
+
+
 def table_of_rows(rows: Iterable[Row], marks: Mapping[str, str]) -> str:
     """Time and memory."""
     header = ["model", "samples x tokens", "method", "forward + gradient", "time / that", "spread", "first call / that"]
@@ -241,7 +246,7 @@ def table_of_rows(rows: Iterable[Row], marks: Mapping[str, str]) -> str:
             row.model, row.setting if row.model in TEXT else row.setting.replace(" x 128", ""),
             row.method + marks[row.where],
             _ms(row.gradient), *(
-                [row.error, "", ""] if row.error else [f"{row.time:.2f}", f"{row.spread:.0%}", f"{row.first:.2f}"]
+                [row.error, "", ""] if row.error else [f"{row.time:.2f}", _spread(row), f"{row.first:.2f}"]
             ),
             f"{row.gradient_bytes / 2**20:.0f} MiB", "" if row.error else f"{row.memory:.2f}",
         ]
@@ -426,7 +431,8 @@ def write(grid: list[Row], small: list[Row], points: list[Point]) -> None:
         "Command: `python -m benchmarks.speed --write`. Measured:",
         "\n".join(f"* {mark} {where}.".replace("*  ", "* ") for where, mark in marks.items()),
         "float32. *dynlrp* is `explain`, *program* what `trace` gives, whose first call traces. Each beside forward "
-        "+ input gradient of the same model, interleaved: medians, and half the distance of the quartiles as spread. "
+        "+ input gradient of the same model, interleaved: medians, and half the distance of the quartiles as spread, "
+        "which is left open where there was time for one round alone. "
         "*First call* is a model's first in a process that has explained other models. Weights are frozen unless said "
         "otherwise. Goals, and where they are met:",
         table_of_goals(goals(grid, points)),
