@@ -30,11 +30,13 @@ from dynlrp import (
     TraceError,
     TrainingModeError,
     UnknownOperationError,
+    UnsupportedOperatorError,
     When,
     allocate,
     errors,
     explain,
     explain_many,
+    load_onnx,
     relevance,
     rules,
     trace,
@@ -45,6 +47,14 @@ from dynlrp.rules.operation import FunctionRule
 from tests.conftest import Apply, Opaque, bias_free, close, gradient_x_input
 
 X = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def file_of(kind: str) -> Any:
+    """An ONNX model with one operator of an own domain."""
+    helper = pytest.importorskip("onnx").helper
+    x, y = (helper.make_tensor_value_info(name, 1, [1]) for name in "xy")
+    node = helper.make_node(kind, ["x"], ["y"], "first", domain="my.domain")
+    return helper.make_model(helper.make_graph([node], "graph", [x], [y]))
 
 
 class Twice(torch.autograd.Function):
@@ -225,6 +235,11 @@ SITUATIONS: dict[str, tuple[type[DynLRPError], Callable[[], Any], Sequence[str]]
         ["DivBackward0 in 0"],
     ),
     "budget": (BudgetError, lambda: allocate(bias_free(4, 3), X, 1.5), ["average_bits = 1.5", "take from"]),
+    "operators of a file": (
+        UnsupportedOperatorError,
+        lambda: load_onnx(file_of("Mine")),
+        ["1 operator(s)", "my.domain.Mine: first", "dynlrp.onnx.operator"],
+    ),
     "conversion": (
         ConversionError,
         lambda: torchao_config(bias_free(4, 3), {"0": 4, "1": 4}),
