@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -233,6 +234,79 @@ def test_the_runtime_gives_the_same(tmp_path: Path) -> None:
     x = IMAGES.float()
     (theirs,) = runtime.InferenceSession(tmp_path / "x.onnx").run(None, {"x": x.numpy()})
     torch.testing.assert_close(load_onnx(tmp_path / "x.onnx")(x), torch.from_numpy(theirs), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [("convolutions", {"FusedConv", "Gelu"}), ("bert", {"FusedGemm", "FusedMatMul", "SkipLayerNormalization"})],
+)
+def test_what_the_runtime_fuses_has_the_same_relevance(name: str, fused: set[str], tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    exported(name, tmp_path / "x.onnx", False, torch.float32)
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    options.log_severity_level = 3
+    runtime.InferenceSession(tmp_path / "x.onnx", options)
+    kinds = {node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node if node.domain == "com.microsoft"}
+    assert fused <= kinds
+    _, x, target = MODELS[name]
+    found = []
+    for file in ("x.onnx", "fused.onnx"):
+        model = load_onnx(tmp_path / file).double()
+        found.append(explain(model, x, target, composite="epsilon_plus"))
+        assert found[-1].ledger.closes
+    scale = float(found[0].relevance.abs().max())
+    # The runtime folds constants in float32.
+    torch.testing.assert_close(found[1].relevance, found[0].relevance, rtol=0, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("flags", list(itertools.product((0, 1), repeat=4)))
+def test_a_fused_product_turns_its_factors(flags: tuple[int, int, int, int]) -> None:
+    names = ("transA", "transB", "transBatchA", "transBatchB")
+    node = helper.make_node(
+        "FusedMatMul", ["x", "w"], ["y"], domain="com.microsoft", alpha=0.5, **dict(zip(names, flags, strict=True))
+    )
+    model = proto([node], {"x": ("a", "b", "c", "d"), "w": ("a", "b", "c", "d")}, {})
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    model.ir_version = 10
+
+    def before(x: Tensor, last: int, batch: int) -> Tensor:
+        x = x.mT if last else x
+        return (x.movedim(-2, 0) if batch else x).contiguous()
+
+    a, b = draw(6, 2, 3, 4, 5).float(), draw(7, 2, 3, 5, 6).float()
+    x, w = before(a, flags[0], flags[2]), before(b, flags[1], flags[3])
+    torch.testing.assert_close(load_onnx(model)(x, w), 0.5 * a @ b)
+    runtime = pytest.importorskip("onnxruntime")
+    (theirs,) = runtime.InferenceSession(model.SerializeToString()).run(None, {"x": x.numpy(), "w": w.numpy()})
+    torch.testing.assert_close(load_onnx(model)(x, w), torch.from_numpy(theirs))
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [
+        ("Relu", []),
+        ("Tanh", []),
+        ("Sigmoid", []),
+        ("LeakyRelu", [0.2]),
+        ("Clip", [-0.3, 0.4]),
+        ("HardSigmoid", [0.3, 0.6]),
+    ],
+)
+def test_a_fused_activation_is_that_of_the_runtime(kind: str, numbers: list[float]) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    rng = np.random.default_rng(8)
+    w = rng.normal(size=(4, 3, 1, 1)).astype(np.float32)
+    settings: dict[str, Any] = {"activation_params": numbers} if numbers else {}
+    node = helper.make_node("FusedConv", ["x", "w", "b"], ["y"], domain="com.microsoft", activation=kind, **settings)
+    model = proto([node], {"x": ("n", 3, 2, 2)}, {"w": w, "b": rng.normal(size=4).astype(np.float32)})
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    model.ir_version = 10
+    x = draw(8, 2, 3, 2, 2).float()
+    (theirs,) = runtime.InferenceSession(model.SerializeToString()).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(load_onnx(model)(x), torch.from_numpy(theirs))
 
 
 # The module ---------------------------------------------------------------------------------------------------------

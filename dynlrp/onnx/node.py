@@ -100,6 +100,7 @@ HARMLESS: dict[str, set[str]] = {
     "DequantizeLinear": {"axis"},
     "Dropout": {"is_test", "ratio", "seed"},
     "FakeQuantize": {"axis", "saturate"},
+    "FusedConv": _CONV,
     "GRU": _RNN,
     "Gemm": {"broadcast"},
     "GroupNormalization": _NORM,

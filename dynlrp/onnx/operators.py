@@ -261,10 +261,17 @@ operator("Einsum")(lambda node, *inputs: torch.einsum(node.get("equation"), *inp
 
 @operator("FusedMatMul", domain=MICROSOFT)
 def _fused_matmul(node: Node, a: Tensor, b: Tensor) -> Tensor:
-    a = a.mT if node.get("transA", 0) else a
-    b = b.mT if node.get("transB", 0) else b
+    a, b = (
+        _turned(x, node.get(f"transBatch{side}", 0), node.get(f"trans{side}", 0)) for x, side in ((a, "A"), (b, "B"))
+    )
     alpha = node.get("alpha", 1.0)
     return a @ b if alpha == 1 else alpha * (a @ b)
+
+
+def _turned(x: Tensor, batch: int, last: int) -> Tensor:
+    """The first dimension goes behind those of the batch if ``batch``; then the last two are swapped if ``last``."""
+    x = x.movedim(0, -2) if batch else x
+    return x.mT if last else x
 
 
 @operator("Gemm")
@@ -277,6 +284,30 @@ def _gemm(node: Node, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     if not a.is_floating_point():
         alpha, beta = int(alpha), int(beta)
     return torch.addmm(c, a, b, alpha=alpha, beta=beta)
+
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "Clip": torch.clamp,
+    "HardSigmoid": lambda x, alpha, beta: (alpha * x + beta).clamp(0, 1),
+    "LeakyRelu": F.leaky_relu,
+    "Relu": lambda x, *_: torch.relu(x),
+    "Sigmoid": lambda x, *_: torch.sigmoid(x),
+    "Tanh": lambda x, *_: torch.tanh(x),
+}
+"""What ONNX Runtime fuses into the operator before it: functions of its output and of the activation's numbers."""
+
+
+def _activated(node: Node, x: Tensor, *numbers: float) -> Tensor:
+    kind = node.get("activation")
+    if kind not in ACTIVATIONS:
+        raise InputError(f"{node.kind} with the activation {kind} is not read")
+    return ACTIVATIONS[kind](x, *numbers)
+
+
+@operator("FusedGemm", domain=MICROSOFT)
+def _fused_gemm(node: Node, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+    numbers = [node.get(f"activation_{name}") for name in ("alpha", "beta", "gamma")]
+    return _activated(node, _gemm(node, a, b, c), *(number for number in numbers if number is not None))
 
 
 # Convolution and pooling ----------------------------------------------------------------------------------------------
@@ -322,6 +353,12 @@ def _conv(node: Node, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     x, pads = _even(x, _pads(node, x, w.shape[2:], stride, dilation))
     convolve = (F.conv1d, F.conv2d, F.conv3d)[w.ndim - 3]
     return convolve(x, w, b, stride, pads, dilation, node.get("group", 1))
+
+
+@operator("FusedConv", domain=MICROSOFT)
+def _fused_conv(node: Node, x: Tensor, w: Tensor, b: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+    y = _conv(node, x, w, b)
+    return _activated(node, y if skip is None else y + skip, *node.get("activation_params", []))
 
 
 @operator("ConvTranspose")
