@@ -27,6 +27,7 @@ import torch
 import transformers
 
 from benchmarks.architectures import Case, _image, resnet50, vgg16
+from benchmarks.goals import Goal, table_of_goals
 from benchmarks.results import RESULTS, table, write_section
 from benchmarks.rivals import METHODS
 from benchmarks.rivals.plain import gradient
@@ -79,6 +80,8 @@ MODELS: dict[str, Build] = {
     ),
 }  # fmt: skip
 COMPOSITES = {"VGG16": ("epsilon", "epsilon_plus", "auto"), "ResNet-50": ("epsilon", "epsilon_plus", "auto")}
+MULTIPLIERS, GAMMA = ("epsilon", "attnlrp"), ("epsilon_plus", "auto")
+IMAGES = ("VGG16", "ResNet-50", "ViT-B/16")
 WITHOUT_GRAPH = ("Mamba 130M",)
 """Its scan is a loop in Python, with more operations than a trace should have."""
 LONG = ("Llama 3.2 1B", "Qwen3 0.6B")
@@ -207,13 +210,14 @@ def main() -> None:
 def write(rows: list[dict[str, Any]]) -> None:
     """Put the table into the results."""
     header = [
-        "model", "dtype", "batch", "length", "composite", "forward + gradient", "explain / that", "gradient's peak",
-        "explain / that", "kernels: gradient", "kernels: explain", "kernel time / gradient's",
+        "model", "dtype", "batch", "length", "composite", "forward + gradient", "time / that", "gradient's peak",
+        "peak / that", "kernels: gradient", "kernels: explanation", "kernel time / gradient's",
     ]  # fmt: skip
     body = [
         [
-            row["model"], row["dtype"], str(row["batch"]), str(row["length"]), row["composite"],
-            f"{row['gradient_ms']:.1f} ms", f"{row['time']:.2f}", f"{row['gradient_MiB']:.0f} MiB",
+            row["model"], row["dtype"], str(row["batch"]), "" if row["model"] in IMAGES else str(row["length"]),
+            row["composite"], f"{row['gradient_ms']:.1f} ms", f"{row['time']:.2f}",
+            f"{row['gradient_MiB']:.0f} MiB",
             "" if math.isnan(row["memory"]) else f"{row['memory']:.2f}",
             f"{row['gradient_kernels']:.2f}", f"{row['kernels']:.2f}", f"{row['kernel_time']:.2f}",
         ]
@@ -226,7 +230,33 @@ def write(rows: list[dict[str, Any]]) -> None:
     )
     note += " graph* is the program of `trace`, captured; its memory is that of the graph and stays with it. zennit's"
     note += " batch norms are not merged into convolutions here, so its ResNet-50 is not that of the other tables."
-    write_section(RESULTS, "GPU", note + "\n\n" + table(header, body))
+    note += " Goals, and where they are met, at 512 tokens where there are such:"
+    write_section(RESULTS, "GPU", "\n\n".join([note, table_of_goals(goals(rows)), table(header, body)]))
+
+
+def goals(rows: list[dict[str, Any]]) -> list[Goal]:
+    """The goals with what was measured; the last are what the DynamicLRP paper reports of itself."""
+    own = [row for row in rows if row["length"] == 512 and row["composite"] not in METHODS]
+
+    def figures(value: str, graph: bool, composites: tuple[str, ...] = MULTIPLIERS, **wanted: Any) -> dict[str, float]:
+        names = [f"{name}{', CUDA graph' * graph}" for name in composites]
+        return {
+            f"{row['model']}, {row['dtype']}, batch {row['batch']}, {row['composite']}": row[value]
+            for row in own
+            if row["composite"] in names and all(row[name] == of for name, of in wanted.items())
+        }
+
+    found = []
+    for batch, bound in ((1, 1.3), (32, 1.05)):
+        for graph in (False, True):
+            what = "as CUDA graphs" if graph else "by explain"
+            text = f"epsilon and AttnLRP at batch {batch} take at most {bound} of forward + gradient, {what}"
+            found.append(Goal(text, bound, figures("time", graph, batch=batch)))
+    found.append(Goal("their peak of memory is at most 1.05 of the gradient's", 1.05, figures("memory", False)))
+    for model, bound in (("ViT-B/16", 6.0), ("VGG16", 7.0)):
+        text = f"less than the paper's {bound:.0f} times the gradient on {model}, with any composite"
+        found.append(Goal(text, bound, figures("time", False, (*MULTIPLIERS, *GAMMA), model=model)))
+    return found
 
 
 if __name__ == "__main__":
