@@ -321,7 +321,7 @@ def goals(rows: Iterable[Row], points: Sequence[Point]) -> list[Goal]:
         names = [f"dynlrp {composite}" for composite in composites]
         return {f"{r.model}, {r.setting}, {r.method[7:]}": getattr(r, value) for r in chosen if r.method in names}
 
-    convolutional = {row: row.spread for row in measured if row.model in CONVOLUTIONAL}
+    convolutional = [row for row in measured if row.model in CONVOLUTIONAL]
 
     beside: dict[str, dict[str, float]] = {"": {}, "LXT": {}}
     for row in rows:
@@ -337,7 +337,8 @@ def goals(rows: Iterable[Row], points: Sequence[Point]) -> list[Goal]:
     return [
         Goal("epsilon and AttnLRP take at most 1.05 of forward + gradient from 50 million weights on", 1.05,
              figures(big, MULTIPLIERS, "time")),
-        Goal("gamma and z-plus on convolutions take at most 1.6 of it", 1.6, figures([row for row, spread in convolutional.items() if spread], GAMMA, "time")),
+        Goal("gamma and z-plus on convolutions take at most 1.6 of it", 1.6,
+             figures([row for row in convolutional if row.spread], GAMMA, "time")),
         Goal("at most half the time of zennit, captum and autoLRP", 0.5, beside[""]),
         Goal("no slower than LXT", 1.0, beside["LXT"]),
         Goal("time in proportion to the number of layers (slope)", 1.05,

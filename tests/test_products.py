@@ -468,8 +468,9 @@ def test_scores_are_measured_once_for_many_budgets() -> None:
     assert again.cost == pytest.approx(fresh.cost)
     assert again.provenance["solver"]["used"] == {"bitops": pytest.approx(again.bitops)}
     assert not asked
-    with pytest.raises(InputError, match=r"differ in \['head:input'"):
-        allocate_activations(net, X, 5, BITS, score=first.scores, pinned={"head:input": None})
+    fewer = allocate_activations(net, X, 5, BITS, score=first.scores, pinned={"head:input": None})
+    with pytest.raises(InputError, match=r"not of the layers or activations \['head:input'"):
+        allocate_activations(net, X, 5, BITS, score=fewer.scores)
 
 
 def test_plot() -> None:

@@ -675,3 +675,20 @@ def test_architectures(build: Callable[[], tuple[nn.Module, Any, Any]]) -> None:
         trainable = raw(of, name)
         assert bool((trainable.mean(0) > 0).all())
         close(raw(replace(of, model=model.requires_grad_(False)), name), trainable, 1e-10)
+
+
+def test_kept_scores_serve_fewer_layers_and_their_own_quantizer_alone() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    x = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)).numpy()  # arrays will do
+    scores = allocate(model, x, 12.0).scores
+    alone = allocate(model, x, 12.0, pinned={"0": None}, score=scores)
+    assert alone.scores.layers == ("2",)
+    torch.testing.assert_close(alone.costs, scores.mean[1:])
+    with pytest.raises(InputError, match="the scores are of Quantizer"):
+        allocate(model, x, 14.0, quantizer=Quantizer(symmetric=False), score=scores)
+    with pytest.raises(InputError, match="tool is one of torchao, float, not 'onnx'"):
+        alone.apply(tool="onnx")
+    with pytest.raises(InputError, match="limits are positive numbers"):
+        allocate(model, x, float("nan"))
+    with pytest.raises(InputError, match="gap not negative"):
+        allocate(model, x, 12.0, gap=-1)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -48,6 +48,9 @@ class Row(NamedTuple):
     """What these bits cost, in units of the score."""
 
 
+Tool = Literal["torchao", "float"]
+
+
 @dataclass(repr=False)
 class Allocation:
     """A number of bits for every layer, and why."""
@@ -70,7 +73,7 @@ class Allocation:
     model: nn.Module | None = field(default=None)
     """The model, where it was made in this process."""
 
-    def apply(self, model: nn.Module | None = None, *, tool: Literal["torchao", "float"] = "torchao") -> nn.Module:
+    def apply(self, model: nn.Module | None = None, *, tool: Tool = "torchao") -> nn.Module:
         """A copy of the model with these bits. For other tools, see :mod:`dynlrp.allocation.convert`.
 
         Args:
@@ -81,6 +84,8 @@ class Allocation:
         Raises:
             ConversionError: torchao cannot take a layer.
         """
+        if tool not in get_args(Tool):
+            raise InputError(f"tool is one of {', '.join(get_args(Tool))}, not {tool!r}; for others see convert")
         original = self._model(model)
         result = copy.deepcopy(original)
         layers = self._layers(result)
@@ -201,8 +206,8 @@ def allocate(
             or an iterable of batches of these, such as a DataLoader. Some dozens of samples do.
         budget: average bits per weight, scales and zero points counted, or a :class:`Budget`.
         candidates: bits that a layer may get, 2 to 8.
-        score: a name in ``dynlrp.allocation.SCORES``; or the ``scores`` of another allocation of this model, which are
-            not measured again.
+        score: a name in ``dynlrp.allocation.SCORES``; or the ``scores`` of another allocation of this model by the same
+            quantizer, for these layers or more, which are not measured again.
         noise: what a sensitivity is multiplied with, ``relative``, ``absolute`` or ``output``; by default what
             the score is meant for.
         groups: names or globs of layers that must share bits, as in ``[("*.query", "*.key", "*.value")]``: where the
@@ -251,7 +256,7 @@ def allocate(
     )
     check(limits, allowed)  # before the time that scores take
     if isinstance(score, Scores):
-        known = score.among(task.layers, task.candidates)
+        known = score.among(task.layers, task.candidates, task.quantizer)
         scores = replace(known, noise=find_noise(known.name, known.noise, noise))
     else:
         scores = measure(task, score, progress, noise)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,8 +38,8 @@ class Budget:
         limits = (self.average_bits, self.size, self.bitops)
         if all(limit is None for limit in limits):
             raise InputError("a budget needs a limit: average_bits, size or bitops")
-        if any(limit is not None and limit <= 0 for limit in limits):
-            raise InputError(f"limits are positive, not {limits}")
+        if any(limit is not None and not 0 < limit < math.inf for limit in limits):
+            raise InputError(f"limits are positive numbers, not {limits}")
 
     @classmethod
     def of(cls, budget: float | Budget) -> Budget:

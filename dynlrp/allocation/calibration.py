@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -20,9 +21,9 @@ class Calibration:
     """Samples of the kind that the model will see; goes through them in batches as often as it is asked to.
 
     Args:
-        data: a tensor, a mapping of keyword arguments (a tokenizer's output) or a tuple of positional arguments, cut
-            along the first dimension of their tensors; or an iterable of batches of these kinds, such as a list or a
-            DataLoader, taken as they come.
+        data: a tensor or array, a mapping of keyword arguments (a tokenizer's output) or a tuple of positional
+            arguments, cut along the first dimension of their tensors; or an iterable of batches of these kinds, such as
+            a list or a DataLoader, taken as they come.
         batch_size: samples of a batch, where data is cut.
         samples: stop behind so many.
     """
@@ -47,7 +48,7 @@ class Calibration:
         takes = _positional(model)
         left = self.samples
         for given in self._raw():
-            batch = as_dicts(given)
+            batch = _tensors(given)
             if isinstance(batch, list | tuple):
                 batch = tuple(batch[:takes])
             size = batch_size(batch)
@@ -61,9 +62,9 @@ class Calibration:
     def __len__(self) -> int:
         """How many samples there are; batches of unknown number count as none."""
         if _is_one(self.data):
-            count = batch_size(as_dicts(self.data))
+            count = batch_size(_tensors(self.data))
         elif isinstance(self.data, list):
-            count = sum(batch_size(as_dicts(batch)) for batch in self.data)
+            count = sum(batch_size(_tensors(batch)) for batch in self.data)
         else:
             loader = getattr(self.data, "dataset", None)
             count = len(loader) if isinstance(loader, Sized) else 0
@@ -75,10 +76,19 @@ class Calibration:
                 raise InputError(f"calibration is {type(self.data).__name__}, neither inputs nor batches of them")
             yield from self.data
             return
-        whole = as_dicts(self.data)
+        whole = _tensors(self.data)
         size = batch_size(whole)
         for first in range(0, size, self.batch_size):
             yield cut(whole, size, slice(first, first + self.batch_size))
+
+
+def _tensors(inputs: Any) -> Any:
+    """Inputs with tensors for arrays."""
+    return pytree.tree_map(lambda leaf: torch.from_numpy(leaf) if _is_array(leaf) else leaf, as_dicts(inputs))
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc"
 
 
 def batch_size(inputs: Any) -> int:
@@ -91,7 +101,7 @@ def batch_size(inputs: Any) -> int:
 
 def _is_one(data: Any) -> bool:
     """Whether this is one collection of inputs, to be cut, rather than an iterable of batches."""
-    return isinstance(data, Tensor | Mapping | tuple)
+    return isinstance(data, Tensor | np.ndarray | Mapping | tuple)
 
 
 def cut(inputs: Any, size: int, part: slice) -> Any:

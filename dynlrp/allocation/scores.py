@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -141,30 +141,33 @@ class Scores:
     """How many samples the mean is over; 1 where they play no part."""
     noise: Noise
     """What turns a sensitivity into costs."""
+    quantizer: Quantizer | None = None
+    """How weights were rounded for costs; None for activations."""
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Bounds of the mean over all samples of this kind, by the normal approximation."""
         reach = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
         return self.mean - reach * self.error, self.mean + reach * self.error
 
-    def among(self, layers: Iterable[str], candidates: Iterable[int]) -> Scores:
-        """These scores for some of the candidates.
+    def among(self, layers: Iterable[str], candidates: Iterable[int], quantizer: Quantizer | None = None) -> Scores:
+        """These scores for some of the layers and candidates.
 
         Raises:
-            InputError: they are not of these layers, or not of all of these candidates.
+            InputError: they are not of all of these, or of another quantizer.
         """
         layers, candidates = tuple(layers), tuple(candidates)
-        if self.layers != layers:
-            other = sorted({*self.layers} ^ {*layers})
-            raise InputError(
-                f"the scores are not of these layers or activations, but differ in {other or 'their order'}"
-            )
+        if not {*layers} <= {*self.layers}:
+            raise InputError(f"the scores are not of the layers or activations {sorted({*layers} - {*self.layers})}")
+        rows = [self.layers.index(layer) for layer in layers]
+        found = replace(self, layers=layers, candidates=candidates, mean=self.mean[rows], error=self.error[rows])
         if self.mean.ndim == 1:
-            return replace(self, candidates=candidates)
+            return found
         if not {*candidates} <= {*self.candidates}:
             raise InputError(f"the scores are of {self.candidates} bits, not of all of {candidates}")
+        if quantizer != self.quantizer:
+            raise InputError(f"the scores are of {self.quantizer}, not of {quantizer}")
         columns = [self.candidates.index(bits) for bits in candidates]
-        return replace(self, candidates=candidates, mean=self.mean[:, columns], error=self.error[:, columns])
+        return replace(found, mean=found.mean[:, columns], error=found.error[:, columns])
 
 
 def scores_to_dict(scores: Scores) -> dict[str, Any]:
@@ -176,13 +179,17 @@ def scores_to_dict(scores: Scores) -> dict[str, Any]:
         "candidates": scores.candidates,
         "mean": scores.mean.tolist(),
         "error": scores.error.tolist(),
+        "quantizer": None if scores.quantizer is None else asdict(scores.quantizer),
     }
 
 
 def scores_from_dict(data: Mapping[str, Any], layers: Iterable[str]) -> Scores:
     """What :func:`scores_to_dict` made."""
     mean, error = (torch.tensor(data[key], dtype=torch.float64) for key in ("mean", "error"))
-    return Scores(data["name"], tuple(layers), tuple(data["candidates"]), mean, error, data["samples"], data["noise"])
+    quantizer = None if data.get("quantizer") is None else Quantizer(**data["quantizer"])
+    return Scores(
+        data["name"], tuple(layers), tuple(data["candidates"]), mean, error, data["samples"], data["noise"], quantizer
+    )
 
 
 def find_score(name: str) -> Score:
@@ -227,8 +234,9 @@ def measure(
     if not moments.count:
         raise InputError("the calibration holds no batch")
     return Scores(
-        entry.name, tuple(task.layers), task.candidates, moments.mean, moments.error(), moments.count, entry.noise
-    )
+        entry.name, tuple(task.layers), task.candidates, moments.mean, moments.error(), moments.count, entry.noise,
+        task.quantizer,
+    )  # fmt: skip
 
 
 def _normalised(rows: Tensor) -> Tensor:

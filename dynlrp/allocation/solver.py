@@ -67,6 +67,8 @@ def solve(
     Raises:
         BudgetError: no choice is within the limits; it says which would be.
     """
+    if not (time_limit > 0 and gap >= 0):
+        raise InputError(f"time_limit is positive and gap not negative, not {time_limit} and {gap}")
     allowed = np.ones(cost.shape, dtype=bool) if allowed is None else allowed
     if not np.isfinite(cost[allowed]).all():
         raise InputError("costs are NaN or infinite: are the model's activations and the calibration finite?")
