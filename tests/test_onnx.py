@@ -416,6 +416,56 @@ def test_a_quantised_layer_passes_relevance() -> None:
     assert explanation.ledger.accounts["constants"] == pytest.approx(constant, rel=1e-5)
 
 
+def test_a_quantised_weight_is_a_parameter() -> None:
+    """So a quantised table of embeddings has relevance, which integers have not."""
+    nodes = [
+        helper.make_node("DequantizeLinear", ["table", "scale", "zero"], ["embeddings.weight"], axis=1),
+        helper.make_node("Gather", ["embeddings.weight", "x"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "w"], ["y"]),
+    ]
+    table, scale = np.array([[1, -3], [4, 2], [-7, 5]], np.int8), np.array([0.5, 0.25], np.float32)
+    zero, w = np.array([1, -1], np.int8), np.array([[2.0, -1.0], [3.0, 0.5]], np.float32)
+    weights = {"table": table, "scale": scale, "zero": zero, "w": w}
+    file = proto(nodes, {"x": ("n", 2)}, weights)
+    file.graph.input[0].type.tensor_type.elem_type = TensorProto.INT64
+    model = load_onnx(file)
+    expected = (torch.tensor(table).float() - torch.tensor(zero)) * torch.tensor(scale)
+    assert torch.equal(model.get_parameter("embeddings.weight"), expected)
+    x = torch.tensor([[2, 0], [1, 1]])
+    explanation = explain(model, x, (0, 1), parameters="embeddings.weight")
+    # The first place took rows 2 and 1.
+    rows = torch.tensor([[0.0], [1.0], [1.0]]) * expected * torch.tensor(w[:, 1])
+    torch.testing.assert_close(explanation.parameters["embeddings.weight"], rows)
+    tokens = torch.tensor([[float(rows[2].sum()), 0.0], [float(rows[1].sum()), 0.0]])
+    torch.testing.assert_close(explanation.relevance, tokens)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_language_model_that_the_runtime_quantised_is_read(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    exported("bert", tmp_path / "x.onnx", False, torch.float32)
+
+    class Samples(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.left = [{"x": IDS.numpy()}]
+
+        def get_next(self) -> Any:
+            return self.left.pop() if self.left else None
+
+    quantization.quantize_static(tmp_path / "x.onnx", tmp_path / "q.onnx", Samples(), per_channel=True)
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    (theirs,) = runtime.InferenceSession(tmp_path / "q.onnx", options).run(None, {"x": IDS.numpy()})
+    model = load_onnx(tmp_path / "q.onnx")
+    # An entry that is rounded to the other side differs by one step, far more than float32 does.
+    torch.testing.assert_close(model(IDS), torch.from_numpy(theirs), rtol=0.02, atol=1e-4)
+    explanation = explain(model, IDS, 1)
+    assert explanation.ledger.closes
+    assert explanation.relevance.shape == IDS.shape
+    assert explanation.relevance.any()  # not for every sample: a logit beyond the range of its calibration passes none
+
+
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     unknown = [
         helper.make_node("Bernoulli", ["x"], ["h"], "draw"),

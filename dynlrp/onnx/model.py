@@ -126,6 +126,8 @@ class Graph:
         for written in joined(proto):
             if written.kind == "Constant" and isinstance(written.attributes.get("value"), Tensor):
                 self._hold(written.outputs[0], written.attributes["value"], root, names)
+            elif written.kind == "DequantizeLinear" and {*self.constants, *self.held, ""}.issuperset(written.inputs):
+                self._hold(written.outputs[0], self._dequantized(written, opsets), root, names)
             else:
                 nodes.append((self._node(written, opsets, root, names), tuple(written.inputs)))
         self.steps = self._steps(nodes)
@@ -137,6 +139,15 @@ class Graph:
         weight = value.ndim > 0 and value.numel() > 1
         held = nn.Parameter(value, requires_grad=False) if weight else value
         self.held[name] = place(root, names.path(name, "constant"), held)
+
+    def _dequantized(self, written: Written, opsets: Mapping[str, int]) -> Tensor:
+        """A weight that the file has in integers, which have no gradient."""
+        node = Node(written.kind, written.domain, opsets.get("", 1), written.attributes, written.outputs)
+        found: Tensor = node(*(self.constants[n] if n in self.constants else self._held(n) for n in written.inputs))[0]
+        return found.detach()
+
+    def _held(self, name: str) -> Any:
+        return getattr(*self.held[name]) if name else None
 
     def _node(self, written: Written, opsets: Mapping[str, int], root: nn.Module, names: Names) -> Node:
         attributes = {
@@ -162,7 +173,7 @@ class Graph:
     def __call__(self, values: dict[str, Any], floats: torch.dtype) -> list[Any]:
         """``values`` by name, of inputs and of what the graph around this one has."""
         values = {"": None, **values, **self.constants}
-        values.update((name, getattr(*held)) for name, held in self.held.items())
+        values.update((name, self._held(name)) for name in self.held)
         for node, inputs, dropped, settled in self.steps:
             node.floats = floats
             given = [values[name] for name in inputs]
