@@ -41,7 +41,8 @@ def test_every_weight_once() -> None:
 
 def test_what_is_left_out_has_a_reason() -> None:
     reasons = left_out(Net())
-    assert set(reasons) == {"attention", "attention.out_proj", "normed"}
+    assert set(reasons) == {"attention", "attention.out_proj", "embedding", "normed"}
+    assert "looked up" in reasons["embedding"]
     assert "computed" in reasons["normed"]
     with pytest.raises(InputError, match=r"'attention\.out_proj': attention reads its weight"):
         find_layers(Net(), "attention.out_proj")
@@ -57,7 +58,10 @@ def test_kinds() -> None:
     layers = find_layers(model)
     assert list(layers) == ["0", "1", "2", "3", "4"]
     assert [layer.output_axis for layer in layers.values()] == [0, 0, 0, 0, 1]
-    assert list(left_out(model)) == ["7"]
+    reasons = left_out(model)
+    assert list(reasons) == ["5", "6", "7", "8"]
+    for name, word in zip(reasons, ("transposed", "bilinear", "not made yet", "recurrent"), strict=True):
+        assert word in reasons[name]
 
 
 def test_names_and_globs() -> None:

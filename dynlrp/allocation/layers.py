@@ -19,11 +19,15 @@ LINEAR = 1e-2
 """How far an output may be from linear in the weight, relative to its size: above what half precision rounds, and far
 below what a weight that is standardised, or not the only one, makes."""
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-REASONS = {
+REASONS: dict[type[nn.Module] | tuple[type[nn.Module], ...], str] = {
+    (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d): "transposed convolutions are not allocated",
+    (nn.Embedding, nn.EmbeddingBag): "rows of a table are looked up, not multiplied",
+    (nn.RNNBase, nn.RNNCellBase): "recurrent layers are one operation, whose weights are not allocated",
+    nn.Bilinear: "a bilinear map is not allocated",
     nn.MultiheadAttention: "its projections are read by attention itself, so no module runs that could be quantized",
     NonDynamicallyQuantizableLinear: "attention reads its weight and never calls it",
 }
-"""Modules that hold weights of linear maps and are left out."""
+"""Modules that hold many weights and are left out."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def find_layers(model: nn.Module, names: str | Iterable[str] = "*") -> dict[str,
 
 
 def left_out(model: nn.Module) -> dict[str, str]:
-    """Modules with weights that look as if they could be quantized and cannot be, with the reason, by name."""
+    """Modules with many weights that get no bits, with the reason, by name."""
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         reason = next((reason for kind, reason in REASONS.items() if isinstance(module, kind)), "")
