@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynlrp.errors import InputError
-from dynlrp.onnx.node import Node, axis_of, operator, plain
+from dynlrp.onnx.node import Node, axis_of, last_first, operator, plain
 
 # Shapes -------------------------------------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ def _pad(
     both = {d: (widths[i], widths[i + len(dims)]) for i, d in enumerate(dims)}
     order = [both.get(d, (0, 0)) for d in range(x.ndim)]
     mode = node.get("mode", "constant")
-    flat = [width for pair in reversed(order) for width in pair]
+    flat = last_first(order)
     if mode == "constant":
         return F.pad(x, flat, value=fill)
     for dim, (low, high) in enumerate(order):  # PyTorch pads the last dimensions alone in these modes

@@ -55,9 +55,9 @@ class Node(nn.Module):
             self._read.add(name)
         return self.attributes.get(name, default)
 
-    def given(self, inputs: Sequence[Any], place: int, name: str, default: Any = None) -> Any:
+    def given(self, inputs: Sequence[Any], place: int, name: str) -> Any:
         """What was an attribute of this name in old versions, and is an input at this place now: a list of numbers."""
-        found = self.get(name, default)
+        found = self.get(name)
         if place >= len(inputs) or inputs[place] is None:
             return found
         numbers = inputs[place].tolist()
@@ -135,3 +135,8 @@ DTYPES: dict[int, torch.dtype] = {
 def axis_of(axis: int, ndim: int) -> int:
     """Counted from the front."""
     return axis % ndim if ndim else 0
+
+
+def last_first(pads: Sequence[tuple[int, int]]) -> list[int]:
+    """Padding at both ends of every dimension, as PyTorch takes it: from the last dimension on."""
+    return [width for pair in reversed(pads) for width in pair]

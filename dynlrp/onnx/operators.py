@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynlrp.errors import InputError
-from dynlrp.onnx.node import MICROSOFT, Node, axis_of, operator, plain
+from dynlrp.onnx.node import MICROSOFT, Node, axis_of, last_first, operator, plain
 
 aten: Any = torch.ops.aten
 
@@ -313,33 +313,35 @@ def _fused_gemm(node: Node, a: Tensor, b: Tensor, c: Tensor | None = None) -> Te
 # Convolution and pooling ----------------------------------------------------------------------------------------------
 
 
-def _same_padding(
-    sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> list[tuple[int, int]]:
-    """What is missing to ceil(size / stride) outputs."""
-    return [
-        (0, max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0))
-        for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)
-    ]
+def _halved(totals: Sequence[int], more_at_end: bool) -> list[tuple[int, int]]:
+    """Padding in all, shared out to both ends."""
+    return [(t // 2, t - t // 2) if more_at_end else (t - t // 2, t // 2) for t in totals]
+
+
+def _written_pads(node: Node, count: int) -> list[tuple[int, int]]:
+    pads = node.get("pads", [0] * (2 * count)) if node.get("auto_pad", "NOTSET") == "NOTSET" else [0] * (2 * count)
+    return list(zip(pads[:count], pads[count:], strict=True))
 
 
 def _pads(
     node: Node, x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> list[tuple[int, int]]:
     """Padding at both ends of every spatial dimension."""
-    count, auto = len(kernel), node.get("auto_pad", "NOTSET")
-    if auto in ("SAME_UPPER", "SAME_LOWER"):
-        totals = [total for _, total in _same_padding(x.shape[2:], kernel, stride, dilation)]
-        return [(t // 2, t - t // 2) if auto == "SAME_UPPER" else (t - t // 2, t // 2) for t in totals]
-    pads = node.get("pads", [0] * (2 * count)) if auto == "NOTSET" else [0] * (2 * count)
-    return list(zip(pads[:count], pads[count:], strict=True))
+    auto = node.get("auto_pad", "NOTSET")
+    if auto not in ("SAME_UPPER", "SAME_LOWER"):
+        return _written_pads(node, len(kernel))
+    totals = [  # what is missing to ceil(size / stride) outputs
+        max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
+        for size, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
+    ]
+    return _halved(totals, more_at_end=auto == "SAME_UPPER")
 
 
-def _even(x: Tensor, pads: Sequence[tuple[int, int]], value: float = 0.0) -> tuple[Tensor, list[int]]:
+def _even(x: Tensor, pads: Sequence[tuple[int, int]]) -> tuple[Tensor, list[int]]:
     """Padding that is the same at both ends, which convolutions take; what differs is padded before."""
     if all(low == high for low, high in pads):
         return x, [low for low, _ in pads]
-    return F.pad(x, [width for pair in reversed(pads) for width in pair], value=value), [0] * len(pads)
+    return F.pad(x, last_first(pads)), [0] * len(pads)
 
 
 def _spatial(node: Node, count: int) -> tuple[list[int], list[int]]:
@@ -371,13 +373,12 @@ def _conv_transpose(node: Node, x: Tensor, w: Tensor, b: Tensor | None = None) -
     if shape is None and auto in ("SAME_UPPER", "SAME_LOWER"):
         shape = [size * s for size, s in zip(x.shape[2:], stride, strict=True)]
     if shape is None:
-        given = node.get("pads", [0] * (2 * count)) if auto == "NOTSET" else [0] * (2 * count)
-        pads = list(zip(given[:count], given[count:], strict=True))
+        pads = _written_pads(node, count)
     else:
         reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
         full = [s * (n - 1) + o + r for s, n, o, r in zip(stride, x.shape[2:], more, reach, strict=True)]
         totals = [f - size for f, size in zip(full, shape[-count:], strict=True)]
-        pads = [(t // 2, t - t // 2) if auto == "SAME_UPPER" else (t - t // 2, t // 2) for t in totals]
+        pads = _halved(totals, more_at_end=auto == "SAME_UPPER")
     if all(low == high and low >= 0 for low, high in pads) and all(
         o < max(s, d) for o, s, d in zip(more, stride, dilation, strict=True)
     ):
@@ -385,7 +386,7 @@ def _conv_transpose(node: Node, x: Tensor, w: Tensor, b: Tensor | None = None) -
     y = convolve(x, w, b, stride, 0, 0, node.get("group", 1), dilation)
     # What is cut off, or, with output padding, added.
     ends = [(-low, o - high) for (low, high), o in zip(pads, more, strict=True)]
-    return F.pad(y, [width for pair in reversed(ends) for width in pair])
+    return F.pad(y, last_first(ends))
 
 
 def _pool_settings(node: Node, x: Tensor) -> tuple[list[int], list[int], list[int], list[tuple[int, int]], bool]:
@@ -419,7 +420,7 @@ def _max_pool(node: Node, x: Tensor) -> Any:
     ends = [(low, high + extra) for (low, high), extra in zip(pads, more, strict=True)]
     padding: Any = [low for low, _ in pads] if even else 0
     if not even:
-        wide = F.pad(wide, [width for pair in reversed(ends) for width in pair], value=lowest)
+        wide = F.pad(wide, last_first(ends), value=lowest)
     if len(node.names) == 1:
         return pool(wide, kernel, stride, padding, dilation).to(x.dtype)
     y, indices = pool(wide, kernel, stride, padding, dilation, return_indices=True)
@@ -461,7 +462,7 @@ def _windows(node: Node, x: Tensor, counts: bool) -> tuple[Tensor, Tensor]:
     """Sums under every window, and the number of entries, with those of the padding if that ``counts``."""
     kernel, stride, dilation, pads, ceil = _pool_settings(node, x)
     more = _beyond(x, kernel, stride, dilation, pads) if ceil else [0] * len(kernel)
-    widths = [width for pair in reversed(pads) for width in pair]
+    widths = last_first(pads)
     ends = [width for extra in reversed(more) for width in (0, extra)]
     inside = F.pad(F.pad(torch.ones_like(x[:1, :1]), widths, value=float(counts)), ends)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]

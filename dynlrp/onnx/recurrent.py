@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,6 @@ from torch import Tensor
 
 from dynlrp.errors import InputError
 from dynlrp.onnx.node import Node, operator
-
-Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""The next output and cell, of an input that went through its weight, the output and the cell before."""
 
 
 def _run(
