@@ -124,9 +124,11 @@ class Program:
 
     def compile(self, **options: Any) -> Program:
         """Give the program to ``torch.compile``, with its options: ``backend="cudagraphs"`` runs it on a CUDA device
-        without Python in between, ``backend="inductor"`` makes kernels of its own. Relevance then agrees up to
-        rounding. The next call compiles; returns the program."""
-        self._function, self._compiled = torch.compile(self.module, fullgraph=True, dynamic=False, **options), True
+        without Python in between, ``backend="inductor"`` makes kernels of its own, ``mode="reduce-overhead"`` does
+        both. Relevance then agrees up to rounding. The next call compiles; returns the program."""
+        # Not the module, whose own handling of errors would be traced too, and hide them.
+        self._function = torch.compile(self.module.forward, fullgraph=True, dynamic=False, **options)
+        self._compiled = True
         return self
 
     def _unfit(self, place: int, given: Any) -> InputError:

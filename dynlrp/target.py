@@ -138,7 +138,8 @@ def _chosen(output: Tensor, target: Target) -> Tensor:
     if flat.shape[1] == 0:
         raise InputError(f"the output of shape {tuple(shape)} has no entry that could be explained")
     index = flat.argmax(1) if target is None else _flat_index(target, batch, shape[1:], output.device)
-    return torch.zeros_like(flat).scatter_(1, index.unsqueeze(1), 1.0)
+    # Ones as a tensor: of a number, torch.compile (2.11) makes float32 whatever the dtype.
+    return torch.zeros_like(flat).scatter_(1, index.unsqueeze(1), flat.new_ones(batch, 1))
 
 
 def _plain(target: Any) -> Any:

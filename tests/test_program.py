@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dynlrp import Explanation, InputError, NonFiniteError, TraceError, explain, trace
-from tests.conftest import SAMPLES, Apply, sample
+from tests.conftest import SAMPLES, Apply, close, sample
 from tests.oracle import draw
 from tests.test_promise import randomise
 
@@ -178,6 +179,19 @@ def test_everything_stays_as_it_is() -> None:
     assert torch.compiler.is_compiling() == compiling
     assert all(p.grad is None and p.requires_grad for p in (*model.parameters(), inputs))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_programs_of_compiled_kernels_agree(dtype: torch.dtype, tolerance: float) -> None:
+    """Up to the rounding of a few operations, which compiled kernels leave out in half precision."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 4))
+    model, x = model.to(dtype).eval(), torch.randn(3, 6).to(dtype)
+    expected = explain(model, x).relevance
+    found = trace(model, x).compile(backend="inductor")(x).relevance
+    assert found.dtype == dtype
+    close(found, expected, tolerance)
 
 
 def test_compiled_programs_agree() -> None:
