@@ -1,11 +1,12 @@
 """What an explanation costs on a CUDA device beside forward + input gradient: time, peak memory, share of kernels.
 
     python -m benchmarks.gpu [--dtypes float32 bfloat16] [--batches 1 8 32] [--lengths 512] [--only NAME ...]
-                             [--no-graphs] [--rival lxt|zennit] [--json ROWS] [--write ROWS]
+                             [--ways explain graph compiled] [--rival lxt|zennit] [--json ROWS] [--write ROWS]
 
 Medians of interleaved calls that wait for the device at their end. *kernels* is the time that kernels run, by the
 profiler, over the time of the call: what is missing to 1 are gaps, in which the device waits for Python.
-*CUDA graph* is the program of ``trace``, captured: its memory is that of the graph and stays with it.
+*CUDA graph* is the program of ``trace``, captured: its memory is that of the graph and stays with it. *compiled* is
+the same with kernels of ``torch.compile``, which takes a minute to make them; ``--ways compiled`` asks for it.
 ``--rival`` measures another library's explanation instead of ours: zennit 1.0 (EpsilonPlus, batch norm not merged, as
 its way to merge it sets an epsilon that PyTorch refuses) on convolutional nets, LXT 2.1 (efficient AttnLRP; needs
 transformers 4.52) on transformers.
@@ -18,7 +19,7 @@ import datetime
 import gc
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,16 @@ from dynlrp import DynLRPError
 Build = Callable[[int, int], Case]
 
 
-def _text(model: str, config: Any, width: int) -> Build:
+def _text(model: str, config: Callable[[int], Any], width: int) -> Build:
     def build(batch: int, length: int) -> Case:
-        made = getattr(transformers, model)(config())
+        made = getattr(transformers, model)(config(length))
         return Case(made, {"inputs_embeds": torch.randn(batch, length, width)})
 
     return build
 
 
-def _llama(width: int, layers: int, heads: int, inner: int) -> Callable[[], Any]:
-    return lambda: transformers.LlamaConfig(
+def _llama(width: int, layers: int, heads: int, inner: int) -> Callable[[int], Any]:
+    return lambda length: transformers.LlamaConfig(
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8,
         intermediate_size=inner, vocab_size=128256, use_cache=False, pad_token_id=0,
         max_position_embeddings=131072, rope_parameters={"rope_type": "default", "rope_theta": 5e5},
@@ -59,15 +60,21 @@ MODELS: dict[str, Build] = {
     "ViT-B/16": lambda batch, _: Case(
         transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000)), {"pixel_values": _image(batch)}
     ),
-    "BERT-base": _text("BertForSequenceClassification", lambda: transformers.BertConfig(), 768),
+    "BERT-base": _text(
+        "BertForSequenceClassification",
+        lambda length: transformers.BertConfig(max_position_embeddings=max(512, length)),
+        768,
+    ),
     "GPT-2": _text(
-        "GPT2ForSequenceClassification", lambda: transformers.GPT2Config(use_cache=False, pad_token_id=0), 768
+        "GPT2ForSequenceClassification",
+        lambda length: transformers.GPT2Config(n_positions=max(1024, length), use_cache=False, pad_token_id=0),
+        768,
     ),
     "Llama 3.2 1B": _text("LlamaForSequenceClassification", _llama(2048, 16, 32, 8192), 2048),
     "Llama 3.2 3B": _text("LlamaForSequenceClassification", _llama(3072, 28, 24, 8192), 3072),
     "Qwen3 0.6B": _text(
         "Qwen3ForSequenceClassification",
-        lambda: transformers.Qwen3Config(
+        lambda length: transformers.Qwen3Config(
             hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
             intermediate_size=3072, vocab_size=151936, use_cache=False, pad_token_id=0, max_position_embeddings=40960,
         ),
@@ -84,8 +91,8 @@ MULTIPLIERS, GAMMA = ("epsilon", "attnlrp"), ("epsilon_plus", "auto")
 IMAGES = ("VGG16", "ResNet-50", "ViT-B/16")
 WITHOUT_GRAPH = ("Mamba 130M",)
 """Its scan is a loop in Python, with more operations than a trace should have."""
-LONG = ("Llama 3.2 1B", "Qwen3 0.6B")
-"""Models that are also measured at the lengths beyond the first."""
+WAYS = {"explain": ("", "dynlrp"), "graph": (", CUDA graph", "CUDA graph"), "compiled": (", compiled", "compiled")}
+"""What is put behind the composite's name in the table, and which of the methods it is."""
 
 
 def built(build: Build, batch: int, length: int, dtype: torch.dtype, device: str) -> Case:
@@ -128,15 +135,14 @@ RIVALS = {
 
 
 def measure(
-    name: str, dtype: str, batch: int, length: int, rounds: int, device: str, rival: str | None, graphs: bool
+    name: str, dtype: str, batch: int, length: int, rounds: int, device: str, rival: str | None, ways: Sequence[str]
 ) -> list[dict[str, Any]]:
     """One row per composite and way, or one for a rival."""
     case = built(MODELS[name], batch, length, getattr(torch, dtype), device)
     cuda = device == "cuda"
     composites = COMPOSITES.get(name, ("attnlrp",))
-    graphs = graphs and name not in WITHOUT_GRAPH
-    ways = {"": "dynlrp", ", CUDA graph": "CUDA graph"} if graphs else {"": "dynlrp"}
-    methods = {f"{c}{label}": METHODS[f"{way} {c}"] for c in composites for label, way in ways.items()}
+    labels = [WAYS[way] for way in ways if way == "explain" or name not in WITHOUT_GRAPH]
+    methods = {f"{c}{label}": METHODS[f"{way} {c}"] for c in composites for label, way in labels}
     if rival is not None:
         methods = {RIVALS[rival][0]: METHODS[RIVALS[rival][0]]}
     functions: list[Callable[[], object]] = [partial(gradient, case)]
@@ -154,7 +160,7 @@ def measure(
                 "model": name, "dtype": dtype, "batch": batch, "length": length, "composite": composite,
                 "gradient_ms": seconds[0] * 1e3, "time": seconds[place] / seconds[0],
                 "gradient_MiB": memory[0] / 2**20,
-                "memory": math.nan if "graph" in composite else memory[place] / max(memory[0], 1),
+                "memory": math.nan if "," in composite else memory[place] / max(memory[0], 1),
                 "gradient_kernels": running[0] / seconds[0], "kernels": running[place] / seconds[place],
                 "kernel_time": running[place] / max(running[0], 1e-12),
             }
@@ -169,7 +175,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--lengths", nargs="+", type=int, default=[512])
     parser.add_argument("--only", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="leave CUDA graphs out")
+    parser.add_argument("--ways", nargs="+", default=["explain", "graph"], choices=list(WAYS))
     parser.add_argument("--rival", choices=list(RIVALS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda")
@@ -188,11 +194,11 @@ def main() -> None:
         for dtype in options.dtypes:
             for batch in options.batches:
                 for length in options.lengths:
-                    if length != options.lengths[0] and (name not in LONG or batch != options.batches[0]):
+                    if length != options.lengths[0] and (name in IMAGES or batch != options.batches[0]):
                         continue
                     try:
                         found = measure(
-                            name, dtype, batch, length, options.rounds, options.device, options.rival, options.graphs
+                            name, dtype, batch, length, options.rounds, options.device, options.rival, options.ways
                         )
                     except (torch.OutOfMemoryError, DynLRPError) as error:
                         print(name, dtype, batch, length, f"{type(error).__name__}: {error}", flush=True)

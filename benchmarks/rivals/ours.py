@@ -43,5 +43,6 @@ METHODS = [
         "dynlrp": relevance,
         "program": by_program,
         "CUDA graph": partial(by_program, backend="cudagraphs"),
+        "compiled": partial(by_program, mode="reduce-overhead"),
     }.items()
 ]
