@@ -29,6 +29,7 @@ from dynlrp.explanation import Explanation
 from dynlrp.inputs import as_dicts, described
 from dynlrp.options import Names, OnUnknown, Options
 from dynlrp.request import Request
+from dynlrp.shorten import shorten
 from dynlrp.state import same_state, survey
 from dynlrp.target import Target
 
@@ -294,8 +295,7 @@ def _straighten(module: fx.GraphModule) -> None:
             indices = node.args[1] if node.target is aten.index.Tensor else [node]
             if any(_is_mask(index) or index is node for index in indices):
                 raise TraceError(f"the shape of what {node.target} returns depends on numbers; {CURE}")
-    module.graph.eliminate_dead_code()
-    module.recompile()
+    shorten(module)
 
 
 def _is_half(explanation: Explanation) -> bool:

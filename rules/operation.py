@@ -370,7 +370,8 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
         a, b = a.to(dtype), b.to(dtype)
     if a.ndim == 1:
         return torch.dot(a, b)
-    if a.stride() == b.stride() and not a.is_contiguous():  # in the order of memory, which spares two copies
+    alike = all(size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
+    if alike and not a.is_contiguous():  # in the order of memory, which spares two copies
         order = sorted(range(a.ndim), key=a.stride, reverse=True)
         a, b = a.permute(order), b.permute(order)
     return torch.dot(a.reshape(-1), b.reshape(-1))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dynlrp import Explanation, InputError, NonFiniteError, TraceError, explain, trace
+from dynlrp.shorten import RESHAPES, SWAPS
 from tests.conftest import SAMPLES, Apply, close, sample
 from tests.oracle import draw
 from tests.test_promise import randomise
@@ -318,3 +319,35 @@ def test_autocast_is_that_of_the_trace() -> None:
     whole, expected = trace(model, inputs), explain(model, others(inputs))
     with torch.autocast("cpu", torch.bfloat16):
         equal(whole(others(inputs)), expected)
+
+
+def test_programs_have_no_views_that_are_not_needed() -> None:
+    model, inputs, target = sample("bert")
+    program = trace(model, inputs, target)
+    found: dict[Any, Any] = {}
+    for node in program.module.graph.nodes:
+        if node.op == "get_attr":
+            assert node.target not in found
+            found[node.target] = node
+        elif node.target in RESHAPES:
+            assert node.args[0].meta["val"].shape != node.meta["val"].shape
+            assert node.args[0].target not in RESHAPES or not node.args[0].args[0].meta["val"].is_contiguous()
+        elif node.target in SWAPS:
+            assert node.args[0].target not in SWAPS
+        if node.target in RESHAPES | SWAPS:
+            key = (node.target, *node.args)
+            assert key not in found
+            found[key] = node
+
+
+def test_views_that_are_written_into_stay_views() -> None:
+    def score(x: Tensor) -> Tensor:
+        y = x * 2
+        flat = y.view(2, 3, 4).view(6, 4)
+        flat.t().t().view(24)[::2].mul_(0.5)
+        return y.view(2, 12).view(2, 3, 4).exp().flatten(1)
+
+    x = draw(1, 2, 3, 4)
+    program = trace(score, x, 5)
+    equal(program(x), explain(score, x, 5))
+    equal(program(x * 0.5), explain(score, x * 0.5, 5))
