@@ -228,7 +228,7 @@ def _program(request: Request, others: Any, buffers: Sequence[Buffer]) -> tuple[
     tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
     held, versions = Held.all(model), [buffer._version for _, _, buffer in buffers]
     with same_state(buffers, False):
-        module, told = _traced(run, tensors)
+        module, told = recorded(run, tensors)
     _straighten(module)
     written = [entry for entry, version in zip(buffers, versions, strict=True) if entry[2]._version != version]
     program = Program(
@@ -252,7 +252,7 @@ def _program(request: Request, others: Any, buffers: Sequence[Buffer]) -> tuple[
     return program, compared
 
 
-def _traced(run: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) -> tuple[fx.GraphModule, bool]:
+def recorded(run: Callable[..., Any], tensors: Sequence[Tensor]) -> tuple[fx.GraphModule, bool]:
     """The operations of a run; if that asks for numbers, those of one in which models are told not to, and whether they
     were."""
     try:
