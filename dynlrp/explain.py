@@ -23,6 +23,7 @@ from dynlrp.request import Request
 from dynlrp.run import Run, Settled
 from dynlrp.state import same_state, survey
 from dynlrp.target import Seed, Target, make_seed
+from dynlrp.unread import NotKept
 
 
 def explain(
@@ -155,23 +156,33 @@ def answers(request: Request, buffers: Sequence[Buffer], chunk: int | None = Non
     """The explanations that were asked for. The request then knows what its forward pass must record."""
     options = request.options
     done: set[int] = set()
+    unread = request.unread()
     while True:
-        with same_state(buffers, options.allow_training, request.look) as state:
-            runs = request.forward()
-            found = _explained(runs, chunk, done, request.record is EVERYTHING)
-            if options.create_graph:  # the state is kept if all is well
-                ready = list(found)
-                state.keep = bool(ready) and all(explanation.finite() for _, explanation in ready)
-                found = iter(ready)
-        for number, explanation in found:
-            if not explanation.finite():
-                with same_state(buffers, options.allow_training, request.look):
-                    request.diagnose(number)
-            done.add(number)
-            yield number, explanation
+        try:
+            with same_state(buffers, options.allow_training, request.look) as state:
+                runs = request.forward(unread=unread)
+                found = _explained(runs, chunk, done, request.record is EVERYTHING)
+                if options.create_graph:  # the state is kept if all is well
+                    ready = list(found)
+                    state.keep = bool(ready) and all(explanation.finite() for _, explanation in ready)
+                    found = iter(ready)
+            for number, explanation in found:
+                if not explanation.finite():
+                    with same_state(buffers, options.allow_training, request.look):
+                        request.diagnose(number)
+                done.add(number)
+                yield number, explanation
+        except NotKept:
+            assert unread is not None
+            unread.give_up()
+            unread, runs, found = None, [], iter(())  # and with them the graph
+            continue
         if len(done) == sum(len(numbers) for _, numbers in runs):
+            if unread is not None:
+                unread.learn([run.structure for run, _ in runs])
             return
         request.record_more(runs)
+        unread = None
         del runs, found  # their graph
 
 

@@ -23,6 +23,7 @@ from dynlrp.recorder import EVERYTHING, Recorder, Wanted
 from dynlrp.rules.operation import REGISTRY
 from dynlrp.run import Run
 from dynlrp.target import Seed, Target, all_targets, find_output, make_seed
+from dynlrp.unread import Unread
 
 
 @dataclass
@@ -39,8 +40,24 @@ class Request:
     record: Wanted | None = None
     """Tensors whose values are kept in the forward pass, as promises lack them."""
 
-    def forward(self, release: bool = True) -> list[tuple[Run, list[int]]]:
-        """Run the model and gather what is wanted.
+    def unread(self) -> Unread | None:
+        """What watches, or knows, which saved tensors nobody reads."""
+        options, targets = self.options, self.targets
+        special = options.create_graph or options.wide is not None or options.audit or self.record is not None
+        if special or any(callable(target) for target in targets):
+            return None
+        leaves = pytree.tree_leaves(as_dicts(self.inputs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
+        kind = (
+            options.composite, options.on_unknown, options.output, options.layers, options.parameters, len(self.frozen),
+            targets if isinstance(targets, str) else tuple([type(target) for target in targets]),
+            tuple([tuple(condition) for condition in self.conditions]),
+            tuple([leaf.dtype if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]),
+        )  # fmt: skip
+        return Unread.of(self.model, kind, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+    def forward(self, release: bool = True, unread: Unread | None = None) -> list[tuple[Run, list[int]]]:
+        """Run the model and gather what is wanted. ``unread`` follows what is saved.
 
         Returns a run for every tensor that relevance starts from, with the numbers of the pairs it is for.
         """
@@ -56,7 +73,9 @@ class Request:
                 aliases = Aliases(self.frozen, parameters, attached)
             wanted = EVERYTHING if options.audit else self.record
             recorder = None if wanted is None else Recorder(wanted)
-            saving = nullcontext() if options.wide is None else options.wide.saving()
+            saving = unread.saving() if unread is not None else nullcontext()
+            if options.wide is not None:
+                saving = options.wide.saving()
             with recording.watching(), saving, aliases or nullcontext(), recorder or nullcontext():
                 result = call(self.model, inputs.arguments())
             found = find_output(result, options.output)
@@ -77,7 +96,7 @@ class Request:
                     recording=recording, calls=calls,
                 )  # fmt: skip
                 runs.append((run, numbers))
-                run.output, run.aliases = output, aliases
+                run.output, run.aliases, run.unread = output, aliases, unread
                 if recorder is not None:
                     run.keep(recorder, self.record)
                 inputs.want(run)

@@ -1,0 +1,238 @@
+"""Saved tensors that no rule reads are let go from the second explanation on; relevance stays the same, bit by bit."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+from dynlrp import Explanation, TargetError, explain, explain_many, unread
+from dynlrp.rules import rule
+from dynlrp.rules.operation import REGISTRY, Grads, Step
+from tests.conftest import SAMPLES, sample
+
+
+@pytest.fixture(autouse=True)
+def _all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unread, "WORTH", 0)
+
+
+def equal(ours: Explanation, theirs: Explanation) -> None:
+    for a, b in zip(ours.everything(), theirs.everything(), strict=True):
+        assert torch.equal(a, b)
+    assert ours.ledger.accounts == theirs.ledger.accounts
+    assert ours.promises == theirs.promises
+
+
+def lessons(model: nn.Module) -> list[unread.Lesson | None]:
+    return list(unread._lessons[model].values())
+
+
+def forwards(model: nn.Module) -> list[int]:
+    """Grows by one with every forward pass."""
+    seen: list[int] = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    return seen
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("composite", ["auto", "attnlrp", "cplrp", "epsilon", "epsilon_plus", "gradient_x_input"])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_relevance_is_the_same(name: str, composite: str, frozen: bool) -> None:
+    model, inputs, target = sample(name)
+    model.requires_grad_(not frozen)
+    unread._lessons.pop(model, None)
+    first = explain(model, inputs, target, composite=composite)
+    for _ in range(2):
+        equal(explain(model, inputs, target, composite=composite), first)
+
+
+@pytest.mark.parametrize("name", ["vgg", "bert", "llama"])
+def test_targets_layers_and_conditions_have_lessons_of_their_own(name: str) -> None:
+    model, inputs, _ = sample(name)
+    layer = next(path for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    targets: Any = [(-1, 0), (-1, 3)] if name == "llama" else [0, 2]
+    asked: list[dict[str, Any]] = [{}, {"layers": layer}, {"condition": {layer: [0, 1]}}, {"parameters": f"{layer}.*"}]
+    first = [explain(model, inputs, targets[0], **options) for options in asked]
+    many = explain_many(model, inputs, targets)
+    for options, expected in zip(asked, first, strict=True):
+        equal(explain(model, inputs, targets[0], **options), expected)
+    for ours, theirs in zip(explain_many(model, inputs, targets), many, strict=True):
+        equal(ours, theirs)
+    assert None not in lessons(model)
+
+
+class Watched(nn.Module):
+    """A linear layer that saves what GELU made, for the gradient of its weight alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+        self.kept: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.gelu(self.first(x))
+        memory = StorageWeakRef(x.untyped_storage())
+        x = self.second(x)
+        self.kept.append(not memory.expired())
+        return self.third(x.relu())
+
+
+def test_what_nobody_reads_is_let_go_while_the_model_runs() -> None:
+    model, x = Watched(), torch.randn(2, 4)
+    first = explain(model, x, 1)
+    equal(explain(model, x, 1), first)
+    assert model.kept == [True, False]
+    explain(model, torch.randn(7, 4), 1)  # of other sizes too
+    assert not model.kept[-1]
+    explain(model, x, 1, composite="epsilon_plus")  # which reads it
+    explain(model, x, 1, composite="epsilon_plus")
+    assert model.kept[-2:] == [True, True]
+    explain(model, x, 1, create_graph=True)
+    explain(model, x, 1, audit=True)
+    assert all(model.kept[-2:])
+    (score,) = model(x.requires_grad_())[:1, 1]
+    score.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_small_explanations_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unread, "WORTH", 1 << 20)
+    model = Watched()
+    for _ in range(2):
+        explain(model, torch.randn(2, 4), 1)
+    assert model.kept == [True, True]
+    explain(model, torch.randn(100_000, 4), 1)
+    assert not model.kept[-1]
+
+
+class Switch(nn.Module):
+    """Another graph at will, that reads other tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(4, 4).double(), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        return (x * x.sigmoid()).exp() if self.other else (x.tanh() * x).relu()
+
+
+def test_another_graph_is_made_again_with_everything_saved() -> None:
+    model, x = Switch(), torch.randn(3, 4, dtype=torch.float64)
+    seen = forwards(model)
+    for _ in range(2):
+        explain(model, x, 1)
+    assert len(seen) == 2
+    model.other = True
+    found = explain(model, x, 1)
+    assert len(seen) == 4
+    assert lessons(model) == [None]
+    explain(model, x, 1)
+    assert len(seen) == 5  # and not tried again
+    unread._lessons.pop(model)
+    equal(found, explain(model, x, 1))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
+
+
+def test_a_rule_that_reads_more_after_all_gets_it() -> None:
+    reads = False
+
+    @rule("DoubledBackward")
+    def doubled(step: Step, grads: Grads) -> list[Tensor | None]:
+        g = grads[0]
+        assert g is not None
+        return [g * 2 + (0 * step.saved(0) if reads else 0)]
+
+    class Custom(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Doubled.apply(x.exp())
+
+    try:
+        model, x = Custom(), torch.randn(2, 3, dtype=torch.float64)
+        seen = forwards(model)
+        first = explain(model, x, 1)
+        equal(explain(model, x, 1), first)
+        reads = True
+        equal(explain(model, x, 1), first)
+    finally:
+        del REGISTRY["DoubledBackward"]
+    assert len(seen) == 4
+
+
+def test_hooks_of_the_caller_keep_their_part() -> None:
+    model, x, packed = Watched(), torch.randn(2, 4), 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal packed
+        packed += 1
+        return tensor
+
+    expected = explain(model, x, 1)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        equal(explain(model, x, 1), expected)
+    assert packed
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda layer, x: x * torch.func.grad(lambda y: y.square().sum())(x.detach()),
+        lambda layer, x: checkpoint(lambda y: layer(y).tanh(), x, use_reentrant=False),
+        lambda layer, x: torch.vmap(layer)(x).tanh(),
+        lambda layer, x: x * torch.autograd.grad(layer(x).tanh().sum(), x, create_graph=True)[0].detach(),
+    ],
+    ids=["torch.func", "checkpoint", "vmap", "gradient inside"],
+)
+def test_models_that_use_autograd_themselves(function: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(self.layer, x)
+
+    model, x = Model(), torch.randn(3, 4, dtype=torch.float64)
+    first = explain(model, x, 1)
+    for _ in range(2):
+        equal(explain(model, x, 1), first)
+    assert first.ledger.closes
+
+
+def test_errors_of_the_model_are_its_own() -> None:
+    model, x = Switch(), torch.randn(3, 4, dtype=torch.float64)
+    seen = forwards(model)
+    for _ in range(2):
+        explain(model, x, 1)
+    with pytest.raises(TargetError):
+        explain(model, x, 1, output="logits")
+    assert len(seen) == 3
+
+
+def test_nothing_keeps_a_model_alive() -> None:
+    model, x = Watched(), torch.randn(2, 4)
+    for _ in range(2):
+        explain(model, x, 1)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
