@@ -415,8 +415,9 @@ def write(grid: list[Row], small: list[Row], points: list[Point]) -> None:
         "float32. *dynlrp* is `explain`, *program* what `trace` gives, whose first call traces. Each beside forward "
         "+ input gradient of the same model, interleaved: medians, and half the distance of the quartiles as spread, "
         "which is left open where there was time for one round alone. "
-        "*First call* is a model's first in a process that has explained other models. Weights are frozen unless said "
-        "otherwise. Goals, and where they are met in rows of several rounds:",
+        "*First call* is a model's first in a process that has explained other models. Peaks are those of later calls, "
+        "which keep what a rule reads and no more. Weights are frozen unless said otherwise. Goals, and where they are "
+        "met in rows of several rounds:",
         table_of_goals(goals(grid, points)),
         charts.bars(grid, "time", "time / forward + gradient", "speed"),
         charts.bars(grid, "memory", "peak memory / forward + gradient", "memory"),

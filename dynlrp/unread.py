@@ -8,6 +8,7 @@ repeated with everything saved, and the model is not tried again.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -80,8 +81,10 @@ class Unread:
     @classmethod
     def of(cls, model: Any, kind: Hashable, size: int) -> Unread | None:
         """None where it is not worth the while, or others follow what is saved."""
-        followed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        if not isinstance(model, nn.Module) or followed or active_fake_mode() is not None:
+        autograd: Any = torch._C._autograd
+        allowed = autograd._saved_tensors_hooks_is_enabled()
+        followed = autograd._top_saved_tensors_default_hooks(False) is not None
+        if not isinstance(model, nn.Module) or not allowed or followed or active_fake_mode() is not None:
             return None
         known = _lessons.get(model, {})
         if kind in known:
@@ -93,26 +96,22 @@ class Unread:
     def saving(self) -> Iterator[None]:
         """What is saved in here is watched, or let go if a lesson says that nobody reads it."""
         try:
-            with saved_tensors_hooks(self._pack if self._lesson is None else self._pack_what_is_read, self._unpack):
+            with saved_tensors_hooks(self._pack, self._unpack):
                 yield
         except RuntimeError as error:
-            if "saved tensor hooks" not in str(error):  # which torch.func does not allow
+            frames = traceback.extract_tb(error.__traceback__)
+            if frames[-1].filename != torch.autograd.graph.__file__:
                 raise
-            raise NotKept from error
+            raise NotKept from error  # where the model, or torch.func in it, allows no hooks
 
-    def _pack(self, tensor: Tensor) -> Packed:
-        number = len(self._read)
+    def _pack(self, tensor: Tensor) -> Packed | None:
+        number, lesson = len(self._read), self._lesson
         self._read.append(False)
-        self._look(tensor, number)
-        return Packed(tensor.detach(), tensor._version, number)  # as a result knows the node that saves it
-
-    def _pack_what_is_read(self, tensor: Tensor) -> Packed | None:
-        assert self._lesson is not None
-        number = len(self._read)
-        self._read.append(False)
-        if number < len(self._lesson.read) and not self._lesson.read[number]:
+        if lesson is None:
+            self._look(tensor, number)
+        elif number < len(lesson.read) and not lesson.read[number]:
             return None
-        return Packed(tensor.detach(), tensor._version, number)
+        return Packed(tensor.detach(), tensor._version, number)  # as a result knows the node that saves it
 
     def _unpack(self, packed: Packed | None) -> Tensor:
         if packed is None:
