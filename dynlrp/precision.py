@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from dynlrp.errors import InputError
-from dynlrp.graph import CHANGED, Node, saved, vjp
+from dynlrp.graph import Node, saved, vjp
 from dynlrp.rules.operation import REGISTRY, Grads
+from dynlrp.unread import Packed, Unread
 
 DTYPES = (torch.float32, torch.float64)
 OF_DTYPE = re.compile("dtype|scalar type|data type|input type|float16|half", re.IGNORECASE)
@@ -32,12 +33,10 @@ PIECES = 3
 """bfloat16 has 8 digits, float32 has 24."""
 
 
-class _Packed(NamedTuple):
-    """A saved tensor, or what the caller's own hook made of it."""
+class _Around(NamedTuple):
+    """What a hook that was set around made of a saved tensor."""
 
     kept: Any
-    version: int
-    """Of the tensor, which autograd does not check under hooks; -1 of what a hook made."""
 
 
 class Wide:
@@ -60,26 +59,28 @@ class Wide:
         return value.to(self.of(value.dtype)) if isinstance(value, Tensor) else value
 
     @contextmanager
-    def saving(self) -> Iterator[None]:
-        """What is saved in here can be handed out in the wide dtype. Hooks that are set already keep their part."""
+    def saving(self, unread: Unread | None = None) -> Iterator[None]:
+        """What is saved in here can be handed out in the wide dtype. Hooks that are set already keep their part, and so
+        does what is ``unread``."""
         outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
 
-        def pack(tensor: Tensor) -> _Packed:
+        def pack(tensor: Tensor) -> _Around | Packed | None:
             if outer is not None:
-                return _Packed(outer[0](tensor), -1)
-            return _Packed(tensor.detach(), tensor._version)  # as a result knows the node that saves it
+                return _Around(outer[0](tensor))
+            return Packed.of(tensor) if unread is None else unread.pack(tensor)
 
-        def unpack(packed: _Packed) -> Tensor:
-            if packed.version < 0:
+        def unpack(packed: _Around | Packed | None) -> Tensor:
+            if isinstance(packed, _Around):
                 assert outer is not None
                 value: Tensor = outer[1](packed.kept)
+            elif unread is not None:
+                value = unread.unpack(packed)
             else:
-                value = packed.kept
-                if value._version != packed.version:
-                    raise RuntimeError(f"one of the saved tensors has been {CHANGED}")
+                assert packed is not None
+                value = packed.tensor()
             return self.cast(value) if self._widens else value
 
-        with saved_tensors_hooks(pack, unpack):
+        with nullcontext() if unread is None else unread.allowed(), saved_tensors_hooks(pack, unpack):
             yield
 
     def saved(self, node: Node, name: str | int) -> Any:
@@ -138,7 +139,11 @@ def _foreign(node: Node) -> bool:
         for tensor in kept if isinstance(kept, tuple | list) else (kept,):
             data = tensor.data if tensor is not None else None
             # Numbers go through no hooks.
-            if data is not None and not isinstance(data, _Packed) and not (isinstance(data, Tensor) and not data.ndim):
+            if (
+                data is not None
+                and not isinstance(data, Packed | _Around)
+                and not (isinstance(data, Tensor) and not data.ndim)
+            ):
                 return True
     return False
 

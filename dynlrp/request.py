@@ -43,13 +43,14 @@ class Request:
     def unread(self) -> Unread | None:
         """What watches, or knows, which saved tensors nobody reads."""
         options, targets = self.options, self.targets
-        special = options.create_graph or options.wide is not None or options.audit or self.record is not None
+        special = options.create_graph or options.audit or self.record is not None
         if special or any(callable(target) for target in targets):
             return None
         leaves = pytree.tree_leaves(as_dicts(self.inputs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
         kind = (
             options.composite, options.on_unknown, options.output, options.layers, options.parameters, len(self.frozen),
+            options.wide and options.wide.dtype,
             targets if isinstance(targets, str) else tuple([type(target) for target in targets]),
             tuple([tuple(condition) for condition in self.conditions]),
             tuple([leaf.dtype if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]),
@@ -73,9 +74,9 @@ class Request:
                 aliases = Aliases(self.frozen, parameters, attached)
             wanted = EVERYTHING if options.audit else self.record
             recorder = None if wanted is None else Recorder(wanted)
-            saving = unread.saving() if unread is not None else nullcontext()
+            saving = nullcontext() if unread is None else unread.saving()
             if options.wide is not None:
-                saving = options.wide.saving()
+                saving = options.wide.saving(unread)
             with recording.watching(), saving, aliases or nullcontext(), recorder or nullcontext():
                 result = call(self.model, inputs.arguments())
             found = find_output(result, options.output)

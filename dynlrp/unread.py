@@ -38,7 +38,16 @@ class Packed(NamedTuple):
 
     kept: Tensor
     version: int
-    number: int
+    number: int = -1
+
+    @classmethod
+    def of(cls, tensor: Tensor, number: int = -1) -> Packed:
+        return cls(tensor.detach(), tensor._version, number)  # as a result knows the node that saves it
+
+    def tensor(self) -> Tensor:
+        if self.kept._version != self.version:
+            raise RuntimeError(f"one of the saved tensors has been {CHANGED}")
+        return self.kept
 
 
 @dataclass(frozen=True)
@@ -95,31 +104,34 @@ class Unread:
     @contextmanager
     def saving(self) -> Iterator[None]:
         """What is saved in here is watched, or let go if a lesson says that nobody reads it."""
+        with self.allowed(), saved_tensors_hooks(self.pack, self.unpack):
+            yield
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Hooks may be set in here, unless the model, or ``torch.func`` in it, forbids it."""
         try:
-            with saved_tensors_hooks(self._pack, self._unpack):
-                yield
+            yield
         except RuntimeError as error:
             frames = traceback.extract_tb(error.__traceback__)
             if frames[-1].filename != torch.autograd.graph.__file__:
                 raise
-            raise NotKept from error  # where the model, or torch.func in it, allows no hooks
+            raise NotKept from error
 
-    def _pack(self, tensor: Tensor) -> Packed | None:
+    def pack(self, tensor: Tensor) -> Packed | None:
         number, lesson = len(self._read), self._lesson
         self._read.append(False)
         if lesson is None:
             self._look(tensor, number)
         elif number < len(lesson.read) and not lesson.read[number]:
             return None
-        return Packed(tensor.detach(), tensor._version, number)  # as a result knows the node that saves it
+        return Packed.of(tensor, number)
 
-    def _unpack(self, packed: Packed | None) -> Tensor:
+    def unpack(self, packed: Packed | None) -> Tensor:
         if packed is None:
             raise NotKept
-        if packed.kept._version != packed.version:
-            raise RuntimeError(f"one of the saved tensors has been {CHANGED}")
         self._read[packed.number] = True
-        return packed.kept
+        return packed.tensor()
 
     def _look(self, tensor: Tensor, number: int) -> None:
         """Note whose memory it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from dynlrp import Explanation, TargetError, explain, explain_many, unread
@@ -55,6 +57,18 @@ def test_relevance_is_the_same(name: str, composite: str, frozen: bool) -> None:
         equal(explain(model, inputs, target, composite=composite), first)
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["resnet", "bert", "gpt2", "llama"])
+def test_relevance_in_another_precision_is_the_same(name: str, precision: torch.dtype) -> None:
+    model, inputs, target = sample(name)
+    half = copy.deepcopy(model).bfloat16()
+    given = pytree.tree_map(lambda x: x.bfloat16() if x.is_floating_point() else x, inputs)
+    first = explain(half, given, target, precision=precision)
+    equal(explain(half, given, target, precision=precision), first)
+    assert None not in lessons(half)
+    assert first.tensors()[0].dtype == precision
+
+
 @pytest.mark.parametrize("name", ["vgg", "bert", "llama"])
 def test_targets_layers_and_conditions_have_lessons_of_their_own(name: str) -> None:
     model, inputs, _ = sample(name)
@@ -96,6 +110,10 @@ def test_what_nobody_reads_is_let_go_while_the_model_runs() -> None:
     explain(model, x, 1, composite="epsilon_plus")  # which reads it
     explain(model, x, 1, composite="epsilon_plus")
     assert model.kept[-2:] == [True, True]
+    for _ in range(2):
+        wide = explain(model, x, 1, precision=torch.float64)
+    assert model.kept[-2:] == [True, False]
+    torch.testing.assert_close(wide.relevance.float(), first.relevance)
     explain(model, x, 1, create_graph=True)
     explain(model, x, 1, audit=True)
     assert all(model.kept[-2:])
