@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from dynlrp.errors import InputError, UnsupportedOperatorError
 from dynlrp.onnx import movement, operators, quantized, recurrent, resize  # noqa: F401  # which fill the table
 from dynlrp.onnx.node import OPERATORS, Node, operator
-from dynlrp.onnx.written import DOMAINS, Written, inliner, joined, kind_of, onnx, tensor
+from dynlrp.onnx.written import Written, domain_of, graphs_of, inliner, joined, kind_of, onnx, tensor
 
 
 class OnnxModel(nn.Module):
@@ -33,10 +33,9 @@ class OnnxModel(nn.Module):
         """``model``: a ``ModelProto`` with its weights."""
         super().__init__()
         model = _inlined(model)
-        opsets = {DOMAINS.get(entry.domain, entry.domain): entry.version for entry in model.opset_import}
+        opsets = {domain_of(entry): entry.version for entry in model.opset_import}
         _check(model.graph)
-        self._names = Names()
-        self.graph = Graph(model.graph, opsets, self, self._names)
+        self.graph = Graph(model.graph, opsets, self, Names())
         self.inputs = [
             value.name for value in model.graph.input if value.name not in {*self.graph.constants, *self.graph.held}
         ]
@@ -218,18 +217,10 @@ def _inlined(model: Any) -> Any:
     return inliner.inline_local_functions(model) if model.functions else model
 
 
-def _all_nodes(graph: Any) -> Iterator[Any]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _all_nodes(attribute.g)
-
-
 def _check(graph: Any) -> None:
     unknown: dict[str, list[str]] = {}
-    for node in _all_nodes(graph):
-        domain = DOMAINS.get(node.domain, node.domain)
+    for node in (node for part in graphs_of(graph) for node in part.node):
+        domain = domain_of(node)
         if (domain, node.op_type) not in OPERATORS:
             unknown.setdefault(f"{domain}.{node.op_type}" if domain else node.op_type, []).append(node.name)
     if unknown:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,31 +20,38 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("reading ONNX files needs onnx: pip install dynlrp[onnx]") from error
 
-__all__ = ["DOMAINS", "Written", "inliner", "joined", "kind_of", "onnx", "tensor"]
-
-DOMAINS = {"ai.onnx": ""}
-"""Other names of domains."""
+__all__ = ["Written", "domain_of", "graphs_of", "inliner", "joined", "kind_of", "onnx", "tensor"]
 
 
+@dataclass
 class Written:
     """A node as the file has it, or several that are one operation."""
 
-    def __init__(
-        self,
-        kind: str,
-        domain: str,
-        name: str,
-        inputs: Sequence[str],
-        outputs: Sequence[str],
-        attributes: dict[str, Any],
-    ) -> None:
-        self.kind, self.domain, self.name = kind, domain, name
-        self.inputs, self.outputs, self.attributes = list(inputs), list(outputs), attributes
+    kind: str
+    domain: str
+    name: str
+    inputs: list[str]
+    outputs: list[str]
+    attributes: dict[str, Any]
 
     @classmethod
     def of(cls, node: Any) -> Written:
         attributes = {a.name: attribute_of(a) for a in node.attribute}
-        return cls(node.op_type, DOMAINS.get(node.domain, node.domain), node.name, node.input, node.output, attributes)
+        return cls(node.op_type, domain_of(node), node.name, list(node.input), list(node.output), attributes)
+
+
+def domain_of(entry: Any) -> str:
+    """The domain of a node or of an operator set; that of ONNX itself, which has two names, is empty."""
+    return "" if entry.domain == "ai.onnx" else str(entry.domain)
+
+
+def graphs_of(graph: Any) -> Iterator[Any]:
+    """A graph and all that are inside of its nodes."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from graphs_of(attribute.g)
 
 
 def kind_of(value: Any) -> tuple[torch.dtype, tuple[int | str, ...]]:
@@ -79,8 +87,10 @@ def joined(graph: Any) -> list[Written]:
     one operation, as are quantisation and dequantisation."""
     nodes = [Written.of(node) for node in graph.node]
     shapes = {initializer.name: tuple(initializer.dims) for initializer in graph.initializer}
-    users: Counter[str] = Counter(name for node in graph.node for name in _used(node))
-    users.update(value.name for value in graph.output)
+    users: Counter[str] = Counter()
+    for part in graphs_of(graph):
+        users.update(name for node in part.node for name in node.input)
+        users.update(value.name for value in part.output)
     makers = {name: node for node in nodes for name in node.outputs}
     gone: set[int] = set()
     for node in nodes:
@@ -117,15 +127,6 @@ def _with_quantisation(node: Written, makers: Mapping[str, Written]) -> Written 
         return None
     node.kind, node.inputs = "FakeQuantize", list(maker.inputs)
     return maker
-
-
-def _used(node: Any) -> Iterator[str]:
-    yield from node.input
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            for inner in attribute.g.node:
-                yield from _used(inner)
-            yield from (value.name for value in attribute.g.output)
 
 
 def tensor(proto: Any) -> Tensor:
