@@ -23,7 +23,7 @@ from dynlrp.request import Request
 from dynlrp.run import Run, Settled
 from dynlrp.state import same_state, survey
 from dynlrp.target import Seed, Target, make_seed
-from dynlrp.unread import NotKept
+from dynlrp.unread import LetGoError
 
 
 def explain(
@@ -44,9 +44,9 @@ def explain(
 ) -> Explanation:
     """Explain one output of a model per sample by Layer-wise Relevance Propagation.
 
-    The model runs once (once more, recording what is missing, where a rule or the ledger needs an activation that the
-    graph did not keep and that cannot be recomputed); its parameters, gradients, buffers, flags, hooks, mode and the
-    random state stay as they are.
+    The model runs once; once more, recording what is missing, where a rule or the ledger needs an activation that the
+    graph did not keep and that cannot be recomputed, or that was let go as earlier explanations did not read it. Its
+    parameters, gradients, buffers, flags, hooks, mode and the random state stay as they are.
 
     Args:
         model: an ``nn.Module`` or any function of tensors.
@@ -161,6 +161,8 @@ def answers(request: Request, buffers: Sequence[Buffer], chunk: int | None = Non
         try:
             with same_state(buffers, options.allow_training, request.look) as state:
                 runs = request.forward(unread=unread)
+                if unread is not None and unread.missed:  # which the model may have passed over
+                    raise LetGoError(unread)
                 found = _explained(runs, chunk, done, request.record is EVERYTHING)
                 if options.create_graph:  # the state is kept if all is well
                     ready = list(found)
@@ -172,14 +174,14 @@ def answers(request: Request, buffers: Sequence[Buffer], chunk: int | None = Non
                         request.diagnose(number)
                 done.add(number)
                 yield number, explanation
-        except NotKept:
-            assert unread is not None
-            unread.give_up()
-            unread, runs, found = None, [], iter(())  # and with them the graph
+        except LetGoError as error:
+            if unread is None or error.unread is not unread:  # of a graph that is older
+                raise
+            unread, runs, found = unread.again(), [], iter(())  # and with them the graph
             continue
         if len(done) == sum(len(numbers) for _, numbers in runs):
             if unread is not None:
-                unread.learn([run.structure for run, _ in runs])
+                unread.learn()
             return
         request.record_more(runs)
         unread = None

@@ -43,15 +43,14 @@ class Request:
     def unread(self) -> Unread | None:
         """What watches, or knows, which saved tensors nobody reads."""
         options, targets = self.options, self.targets
-        special = options.create_graph or options.audit or self.record is not None
-        if special or any(callable(target) for target in targets):
+        if options.create_graph or options.audit or self.record is not None:
             return None
         leaves = pytree.tree_leaves(as_dicts(self.inputs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
         kind = (
             options.composite, options.on_unknown, options.output, options.layers, options.parameters, len(self.frozen),
             options.wide and options.wide.dtype,
-            targets if isinstance(targets, str) else tuple([type(target) for target in targets]),
+            targets if isinstance(targets, str) else frozenset([type(target) for target in targets]),
             tuple([tuple(condition) for condition in self.conditions]),
             tuple([leaf.dtype if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]),
         )  # fmt: skip
@@ -97,7 +96,7 @@ class Request:
                     recording=recording, calls=calls,
                 )  # fmt: skip
                 runs.append((run, numbers))
-                run.output, run.aliases, run.unread = output, aliases, unread
+                run.output, run.aliases = output, aliases
                 if recorder is not None:
                     run.keep(recorder, self.record)
                 inputs.want(run)

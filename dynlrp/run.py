@@ -40,7 +40,6 @@ from dynlrp.rows import Rows, find_rows
 from dynlrp.rules.operation import REGISTRY, product
 from dynlrp.submodule import Gathered
 from dynlrp.target import Seed
-from dynlrp.unread import Unread
 from dynlrp.walk import Walk
 
 aten: Any = torch.ops.aten
@@ -123,7 +122,6 @@ class Run:
         if wide is not None:
             self.starts = [wide.cast(start) for start in self.starts]
         self.aliases: Aliases | None = None
-        self.unread: Unread | None = None
         self.groups: list[Group] = []
         self.captured: dict[Edge, tuple[Tensor, int]] = self.graph.values()
         whole = seeds[0].root
@@ -418,8 +416,6 @@ class Run:
             observed=tuple(dict.fromkeys(edge.node for edge in aside)),
             modules=self._modules() if self.options.composite.by_path else None,
         )
-        if self.unread is not None:
-            self.unread.check(self.structure)
         return self._plan(self.structure)
 
     def _keep(self) -> tuple[Edge, ...]:

@@ -31,7 +31,7 @@ def survey(model: Any, allow_training: bool) -> tuple[list[nn.Parameter], list[B
     if not isinstance(model, nn.Module):
         return [], buffers
     active: set[nn.Module] = set()
-    for module in _modules(model):
+    for module in modules(model):
         if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
             raise CompiledModuleError(
                 f"{type(module).__name__} in this model went through torch.compile, so its graph is one opaque node: "
@@ -70,7 +70,7 @@ def _is_random(module: nn.Module) -> bool:
     return isinstance(dropout, float) and dropout > 0
 
 
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
+def modules(model: nn.Module) -> Iterator[nn.Module]:
     """All modules, without the cost of their names."""
     stack, seen = [model], {model}
     while stack:

@@ -1,17 +1,16 @@
 """Tensors that autograd saves and no rule reads: let go at once, from the second explanation of a kind on.
 
 A gradient reads the input of every layer, for its weight, and all factors of a product. Relevance reads a part of that:
-half of it on most networks. Which part shows in the first explanation, and holds for every graph of the same structure
-under the same composite. Where a later forward pass makes another graph, or a rule reads more after all, that pass is
-repeated with everything saved, and the model is not tried again.
+half of it on most networks. Which part shows in the first explanation. Should a rule read more later, as the model took
+another way, then that pass is repeated with everything saved, and what it read is kept from then on.
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,18 +18,32 @@ import torch
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils import parametrize
 
-from dynlrp.errors import DynLRPError
-from dynlrp.graph import CHANGED, Structure
+from dynlrp.errors import FreedGraphError
+from dynlrp.graph import CHANGED
+from dynlrp.state import modules
 
-WORTH = 1 << 20
-"""Bytes to let go that are worth a call of Python for every saved tensor."""
+WORTH = 1 << 14
+"""Bytes to let go for every saved tensor that are worth the call of Python that each takes."""
 KINDS = 64
 """Kinds of explanation that are known of one model."""
+MISSES = 8
+"""Forward passes that may be repeated for one kind; then everything is kept."""
+
+_sequence = torch._C._autograd._get_sequence_nr
 
 
-class NotKept(DynLRPError):
-    """What was let go is wanted after all, or the graph is another one: never leaves the package."""
+class LetGoError(FreedGraphError):
+    """Somebody reads what was let go."""
+
+    def __init__(self, unread: Unread) -> None:
+        self.unread = unread
+        super().__init__(
+            "explain() let go of what its rules do not read of this graph, which is still in use: run the model once "
+            "more for a backward() of your own, or call explain() inside hooks for saved tensors, which keep "
+            "everything (with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x): ...)"
+        )
 
 
 class Packed(NamedTuple):
@@ -38,11 +51,12 @@ class Packed(NamedTuple):
 
     kept: Tensor
     version: int
-    number: int = -1
+    place: int = -1
 
     @classmethod
-    def of(cls, tensor: Tensor, number: int = -1) -> Packed:
-        return cls(tensor.detach(), tensor._version, number)  # as a result knows the node that saves it
+    def of(cls, tensor: Tensor, place: int = -1) -> Packed:
+        # A result knows the node that saves it.
+        return cls(tensor if tensor.is_leaf else tensor.detach(), tensor._version, place)
 
     def tensor(self) -> Tensor:
         if self.kept._version != self.version:
@@ -50,117 +64,123 @@ class Packed(NamedTuple):
         return self.kept
 
 
-@dataclass(frozen=True)
+@dataclass
 class Lesson:
-    """What an explanation taught about its kind."""
+    """What explanations of one kind taught. Saved tensors are known by their place: the operation's number in the
+    forward pass, and their own among what it saves."""
 
-    structure: Structure
-    read: bytes
-    """For every saved tensor in its order, whether somebody read it."""
-    bytes_per_input: float
-    """What the others hold, per byte of the inputs."""
-
-    def fits(self, structure: Structure) -> bool:
-        """Whether a graph is the same."""
-        ours, theirs = self.structure.skeleton, structure.skeleton
-        alike = ours is theirs or (ours.names == theirs.names and ours.operands == theirs.operands)
-        return alike and replace(self.structure, skeleton=theirs) == structure
+    seen: set[int] = field(default_factory=set)
+    read: set[int] = field(default_factory=set)
+    unread: frozenset[int] = frozenset()
+    worth: float = 0.0
+    """Bytes that nobody reads, for every saved tensor and byte of the inputs."""
+    misses: int = 0
 
 
-# Lessons hold no tensors, and are checked against the graph whenever they are used.
-_lessons: WeakKeyDictionary[nn.Module, dict[Hashable, Lesson | None]] = WeakKeyDictionary()
+# Lessons hold no tensors. Kinds are hashes, as a composite may know the model.
+_lessons: WeakKeyDictionary[nn.Module, dict[int, Lesson]] = WeakKeyDictionary()
 
 
 class Unread:
     """The saved tensors of one forward pass."""
 
-    def __init__(self, model: nn.Module, kind: Hashable, size: int) -> None:
-        """``kind``: what else decides which graph it is and what is read of it; ``size``: bytes of the inputs."""
-        self._kinds = _lessons.setdefault(model, {})
-        self._kind, self._size = kind, max(1, size)
-        self._lesson = self._kinds.get(kind)
-        self._read = bytearray()
-        self._bytes: dict[int, int] = {}
-        """Of the memory that is seen for the first time, by the tensor's number: its size."""
-        self._memory: dict[int, int] = {}
-        """By address, the number of the tensor that was the first in it."""
-        self._same: list[int] = []
-        """For every tensor, the first in the same memory."""
+    def __init__(self, lesson: Lesson, size: int) -> None:
+        self._lesson, self._size = lesson, max(1, size)
+        self._unread = lesson.unread if lesson.seen and lesson.misses <= MISSES else frozenset()
+        self._learns = not lesson.seen
+        self._start = self._last = _sequence()
+        self._ordinal = 0
+        self._places: list[int] = []
+        self._read: set[int] = set()
+        self._memory: dict[int, tuple[int, list[int]]] = {}
+        """By address, the size of what is there and the places that have it, while that is learned."""
+        self.missed = False
+        """Somebody read what had been let go."""
 
     @classmethod
     def of(cls, model: Any, kind: Hashable, size: int) -> Unread | None:
-        """None where it is not worth the while, or others follow what is saved."""
+        """``kind``: what else decides what is read; ``size``: bytes of the inputs. None where it is not worth the
+        while, or where others may read what is saved."""
         autograd: Any = torch._C._autograd
-        allowed = autograd._saved_tensors_hooks_is_enabled()
+        allowed = autograd._saved_tensors_hooks_is_enabled() and not parametrize._cache_enabled
         followed = autograd._top_saved_tensors_default_hooks(False) is not None
         if not isinstance(model, nn.Module) or not allowed or followed or active_fake_mode() is not None:
             return None
-        known = _lessons.get(model, {})
-        if kind in known:
-            lesson = known[kind]
-            return None if lesson is None or lesson.bytes_per_input * size < WORTH else cls(model, kind, size)
-        return cls(model, kind, size) if len(known) < KINDS else None
+        lessons = _lessons.setdefault(model, {})
+        lesson = lessons.pop(hash(kind), None) or Lesson()
+        lessons[hash(kind)] = lesson  # the last used is last
+        if len(lessons) > KINDS:
+            del lessons[next(iter(lessons))]
+        idle = lesson.misses > MISSES or (lesson.seen and lesson.worth * size < WORTH)
+        return None if idle or _is_hooked(model) else cls(lesson, size)
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """What is saved in here is watched, or let go if a lesson says that nobody reads it."""
+        """What is saved in here is watched, and let go if a lesson says that nobody reads it."""
         with self.allowed(), saved_tensors_hooks(self.pack, self.unpack):
             yield
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
         """Hooks may be set in here, unless the model, or ``torch.func`` in it, forbids it."""
+        self._start = self._last = _sequence()
         try:
             yield
         except RuntimeError as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            if frames[-1].filename != torch.autograd.graph.__file__:
+            if traceback.extract_tb(error.__traceback__)[-1].name != "disable_saved_tensors_hooks":
                 raise
-            raise NotKept from error
+            self._lesson.misses = MISSES  # one more, and hooks are not set again
+            raise LetGoError(self) from error
 
     def pack(self, tensor: Tensor) -> Packed | None:
-        number, lesson = len(self._read), self._lesson
-        self._read.append(False)
-        if lesson is None:
-            self._look(tensor, number)
-        elif number < len(lesson.read) and not lesson.read[number]:
+        number = _sequence()
+        self._ordinal = self._ordinal + 1 if number == self._last else 0
+        self._last = number
+        place = (number - self._start) << 16 | self._ordinal
+        self._places.append(place)
+        if place in self._unread:
             return None
-        return Packed.of(tensor, number)
+        if self._learns:
+            self._look(tensor, place)
+        return Packed.of(tensor, place)
 
     def unpack(self, packed: Packed | None) -> Tensor:
         if packed is None:
-            raise NotKept
-        self._read[packed.number] = True
+            self.missed = True
+            raise LetGoError(self)
+        self._read.add(packed.place)
         return packed.tensor()
 
-    def _look(self, tensor: Tensor, number: int) -> None:
+    def _look(self, tensor: Tensor, place: int) -> None:
         """Note whose memory it is."""
         base = tensor if tensor._base is None else tensor._base
         if base.is_leaf or tensor.layout is not torch.strided or tensor.is_nested:  # weights stay where they are
-            self._same.append(-1)
             return
         storage = tensor.untyped_storage()
-        first = self._memory.setdefault(storage.data_ptr(), number)
-        self._same.append(first)
-        self._bytes.setdefault(first, storage.nbytes())
+        self._memory.setdefault(storage.data_ptr(), (storage.nbytes(), []))[1].append(place)
 
-    def check(self, structure: Structure) -> None:
-        """Raise :class:`NotKept` if what was let go was for another graph."""
-        if self._lesson is not None and not (
-            len(self._read) == len(self._lesson.read) and self._lesson.fits(structure)
-        ):
-            raise NotKept
+    def learn(self) -> None:
+        """The explanation is made: what nobody has read by now nobody reads."""
+        lesson = self._lesson
+        lesson.seen.update(self._places)
+        lesson.read |= self._read
+        lesson.unread = frozenset(lesson.seen - lesson.read)
+        if self._learns:
+            free = sum(size for size, places in self._memory.values() if not lesson.read.intersection(places))
+            lesson.worth = free / self._size / max(1, len(self._places))
 
-    def learn(self, structures: Sequence[Structure | None]) -> None:
-        """The explanations are made: what nobody has read by now nobody reads, if they were all of one graph."""
-        (structure, *others) = structures
-        if others or structure is None:
-            self.give_up()
-        elif self._lesson is None:
-            wanted = {first for first, read in zip(self._same, self._read, strict=True) if read}
-            free = sum(size for first, size in self._bytes.items() if first not in wanted)
-            self._kinds[self._kind] = Lesson(structure, bytes(self._read), free / self._size)
+    def again(self) -> Unread | None:
+        """For a repeated forward pass that saves everything; None where that was once too often."""
+        self._lesson.misses += 1
+        if self._lesson.misses > MISSES:
+            return None
+        whole = Unread(self._lesson, self._size)
+        whole._unread = frozenset()
+        return whole
 
-    def give_up(self) -> None:
-        """Keep everything for this kind from now on."""
-        self._kinds[self._kind] = None
+
+def _is_hooked(model: nn.Module) -> bool:
+    """Whether functions of the caller are given tensors of the graph, which they may keep."""
+    module: Any = torch.nn.modules.module
+    around = module._global_forward_hooks or module._global_forward_pre_hooks
+    return bool(around) or any(m._forward_hooks or m._forward_pre_hooks for m in modules(model))

@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from dynlrp import Explanation, TargetError, explain, explain_many, unread
-from dynlrp.rules import rule
+from dynlrp import Composite, Explanation, FreedGraphError, TargetError, explain, explain_many, unread
+from dynlrp.plan import make_plan
+from dynlrp.rules import Epsilon, rule
 from dynlrp.rules.operation import REGISTRY, Grads, Step
 from tests.conftest import SAMPLES, sample
 
@@ -34,15 +37,22 @@ def equal(ours: Explanation, theirs: Explanation) -> None:
     assert ours.promises == theirs.promises
 
 
-def lessons(model: nn.Module) -> list[unread.Lesson | None]:
-    return list(unread._lessons[model].values())
+class Counted(nn.Module):
+    """Counts its forward passes, without a hook."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
 
-def forwards(model: nn.Module) -> list[int]:
-    """Grows by one with every forward pass."""
-    seen: list[int] = []
-    model.register_forward_hook(lambda *_: seen.append(1))
-    return seen
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.run(x)
+
+    def passes(self, *given: Any, **options: Any) -> tuple[int, Explanation]:
+        """An explanation, and the forward passes that it took."""
+        before = self.count
+        found = explain(self, *given, **options)
+        return self.count - before, found
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -65,7 +75,7 @@ def test_relevance_in_another_precision_is_the_same(name: str, precision: torch.
     given = pytree.tree_map(lambda x: x.bfloat16() if x.is_floating_point() else x, inputs)
     first = explain(half, given, target, precision=precision)
     equal(explain(half, given, target, precision=precision), first)
-    assert None not in lessons(half)
+    assert not any(lesson.misses for lesson in unread._lessons[half].values())
     assert first.tensors()[0].dtype == precision
 
 
@@ -81,7 +91,7 @@ def test_targets_layers_and_conditions_have_lessons_of_their_own(name: str) -> N
         equal(explain(model, inputs, targets[0], **options), expected)
     for ours, theirs in zip(explain_many(model, inputs, targets), many, strict=True):
         equal(ours, theirs)
-    assert None not in lessons(model)
+    assert not any(lesson.misses for lesson in unread._lessons[model].values())
 
 
 class Watched(nn.Module):
@@ -123,7 +133,7 @@ def test_what_nobody_reads_is_let_go_while_the_model_runs() -> None:
 
 
 def test_small_explanations_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unread, "WORTH", 1 << 20)
+    monkeypatch.setattr(unread, "WORTH", 1 << 14)
     model = Watched()
     for _ in range(2):
         explain(model, torch.randn(2, 4), 1)
@@ -132,32 +142,57 @@ def test_small_explanations_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> N
     assert not model.kept[-1]
 
 
-class Switch(nn.Module):
+class Switch(Counted):
     """Another graph at will, that reads other tensors."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer, self.other = nn.Linear(4, 4).double(), False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         x = self.layer(x)
-        return (x * x.sigmoid()).exp() if self.other else (x.tanh() * x).relu()
+        return (x * x.sigmoid()).exp() if self.other else (x.tanh() * x.detach()).relu()
 
 
-def test_another_graph_is_made_again_with_everything_saved() -> None:
+def test_where_another_graph_reads_more_it_is_made_again_with_everything_saved() -> None:
     model, x = Switch(), torch.randn(3, 4, dtype=torch.float64)
-    seen = forwards(model)
+    expected = []
+    for model.other in (False, True):
+        expected.append(explain(model, x, 1, composite="attnlrp"))
+        unread._lessons.pop(model)
+    taken = []
+    for model.other in (False, False, True, False, True):
+        passes, found = model.passes(x, 1, composite="attnlrp")
+        equal(found, expected[model.other])
+        taken.append(passes)
+    assert taken == [1, 1, 2, 1, 1]  # and both are known
+
+
+def test_a_model_that_surprises_too_often_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unread, "MISSES", 0)
+    model, x = Switch(), torch.randn(3, 4, dtype=torch.float64)
     for _ in range(2):
-        explain(model, x, 1)
-    assert len(seen) == 2
+        explain(model, x, 1, composite="attnlrp")
     model.other = True
-    found = explain(model, x, 1)
-    assert len(seen) == 4
-    assert lessons(model) == [None]
-    explain(model, x, 1)
-    assert len(seen) == 5  # and not tried again
-    unread._lessons.pop(model)
-    equal(found, explain(model, x, 1))
+    assert model.passes(x, 1, composite="attnlrp")[0] == 2
+    (lesson,) = unread._lessons[model].values()
+    assert lesson.misses == 1
+    model.other = False
+    assert model.passes(x, 1, composite="attnlrp")[0] == 1
+
+
+def test_a_mask_more_repeats_nothing() -> None:
+    """As transformers have it, which pass no mask where there is no padding."""
+    model, inputs, target = sample("bert")
+    padded = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+    padded["attention_mask"][:, -2:] = 0
+    expected = explain(model, padded, target)
+    unread._lessons.pop(model, None)
+    for given in (inputs, inputs, padded, inputs):
+        found = explain(model, given, target)
+        if given is padded:
+            equal(found, expected)
+    assert [lesson.misses for lesson in unread._lessons[model].values()] == [0]
 
 
 class Doubled(torch.autograd.Function):
@@ -180,20 +215,85 @@ def test_a_rule_that_reads_more_after_all_gets_it() -> None:
         assert g is not None
         return [g * 2 + (0 * step.saved(0) if reads else 0)]
 
-    class Custom(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
+    class Custom(Counted):
+        def run(self, x: Tensor) -> Tensor:
             return Doubled.apply(x.exp())
 
     try:
         model, x = Custom(), torch.randn(2, 3, dtype=torch.float64)
-        seen = forwards(model)
         first = explain(model, x, 1)
         equal(explain(model, x, 1), first)
-        reads = True
-        equal(explain(model, x, 1), first)
+        taken = []
+        for more in (False, True, True, False):
+            reads = more
+            passes, found = model.passes(x, 1)
+            equal(found, first)
+            taken.append(passes)
+        assert taken == [1, 2, 1, 1]
     finally:
         del REGISTRY["DoubledBackward"]
-    assert len(seen) == 4
+
+
+def test_a_model_that_passes_over_what_is_missing_is_run_again() -> None:
+    class Tries(Counted):
+        slope = False
+
+        def run(self, x: Tensor) -> Tensor:
+            y = x.exp() * x.tanh().detach()
+            try:
+                factor = torch.autograd.grad(y.sum(), x, retain_graph=True)[0].detach() if self.slope else 1.0
+            except Exception:
+                factor = -1000.0
+            return y * factor
+
+    model, x = Tries(), torch.rand(2, 3, dtype=torch.float64) + 1
+    for _ in range(2):
+        explain(model, x, 1)
+    model.slope = True
+    assert float(explain(model, x, 1).value[0]) > 0
+
+
+def test_who_still_uses_the_graph_is_told() -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.hidden = self.second(self.first(x).tanh())
+            return self.hidden.relu()
+
+    model, x = Remembers(), torch.randn(2, 3)
+    for _ in range(2):
+        explain(model, x, 1)
+    with pytest.raises(FreedGraphError, match="let go of what its rules do not read"):
+        model.hidden.sum().backward()
+    with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        explain(model, x, 1)
+    model.hidden.sum().backward()
+
+
+def test_hooks_of_the_model_may_keep_the_graph() -> None:
+    model, x, outputs = Watched(), torch.randn(2, 4), []
+    model.second.register_forward_hook(lambda module, args, output: outputs.append(output))
+    for _ in range(3):
+        explain(model, x, 1)
+        outputs[-1].sum().backward()
+    assert all(model.kept)
+
+
+def test_what_is_made_of_weights_and_cached_stays_whole() -> None:
+    class Shape(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return w.exp() * w.tanh()
+
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), torch.randn(2, 3)
+    parametrize.register_parametrization(model[0], "weight", Shape())
+    for _ in range(2):
+        explain(model, x, 1)
+    with parametrize.cached():
+        explain(model, x, 1)
+        model(x).sum().backward()
 
 
 def test_hooks_of_the_caller_keep_their_part() -> None:
@@ -238,19 +338,29 @@ def test_models_that_use_autograd_themselves(function: Callable[[nn.Module, Tens
 
 def test_errors_of_the_model_are_its_own() -> None:
     model, x = Switch(), torch.randn(3, 4, dtype=torch.float64)
-    seen = forwards(model)
     for _ in range(2):
         explain(model, x, 1)
+    before = model.count
     with pytest.raises(TargetError):
         explain(model, x, 1, output="logits")
-    assert len(seen) == 3
+    assert model.count == before + 1
+
+
+@dataclass(frozen=True)
+class Knows(Epsilon):
+    """A rule that holds a model."""
+
+    model: Any = None
 
 
 def test_nothing_keeps_a_model_alive() -> None:
     model, x = Watched(), torch.randn(2, 4)
+    composite = Composite.of("mine", {"dense": Knows(model=model)})
     for _ in range(2):
         explain(model, x, 1)
+        explain(model, x, 1, composite=composite)
     gone = weakref.ref(model)
-    del model
+    del model, composite
+    make_plan.cache_clear()
     gc.collect()
     assert gone() is None
