@@ -53,7 +53,8 @@ class Function(NamedTuple):
     ``secant(step, x)``, where given, is the secant through the origin in a form without division, and ``rise(step, x)``
     is ``f(x) - f(0)`` in a form that keeps its digits near 0. ``smooth``: on either side of 0, all derivatives exist;
     ``near`` is the function around 0 where PyTorch's derivatives of ``value`` have no digits there.
-    ``times_secant(step, m, x)`` is a multiplier times the secant in fewer passes over memory, for real numbers.
+    ``times_secant(step, m, x)`` is a multiplier times the secant in fewer passes over memory, for plain tensors of
+    real numbers.
     """
 
     value: Callable[[Any, Tensor], Tensor]
@@ -123,7 +124,7 @@ class Secant(Rule):
             # Of a masked argument, infinite, the value itself is the constant.
             value = step.output() if step.operation.result else function.value(step, x)
             step.book("offsets", dot(g.real if g.is_complex() else g, torch.where(x.isinf(), value, zero).real))
-        if function.times_secant is not None and g.dtype == x.dtype and not x.is_complex():
+        if function.times_secant is not None and g.dtype == x.dtype and not (x.is_complex() or x.is_nested):
             return [function.times_secant(step, g, x)]
         return [g * function.through_zero(step, x).conj().to(g.dtype)]
 

@@ -639,3 +639,16 @@ def test_epsilon_behind_an_activation_needs_its_result() -> None:
     share = z / (z + 0.1 * torch.where(z < 0, -1.0, 1.0).double())
     explanation = explain(model, x, torch.sum, composite=Composite.of("e", {"dense": Epsilon(0.1)}))
     same(explanation.relevance, h * (share @ w))
+
+
+@pytest.mark.parametrize("function", [F.gelu, lambda x: F.gelu(x, approximate="tanh"), F.silu])
+def test_texts_of_several_lengths(function: Callable[[Tensor], Tensor]) -> None:
+    texts, w = [draw(1, 3, 4), draw(2, 5, 4)], draw(3, 2, 4)
+
+    def score(*texts: Tensor) -> Tensor:
+        x = torch.nested.as_nested_tensor(list(texts), layout=torch.jagged)
+        return F.linear(function(x), w).values().sum(0, keepdim=True)
+
+    found = explain(score, tuple(texts), 1).relevance
+    for ours, x in zip(found, texts, strict=True):
+        same(ours, function(x) * w[1])

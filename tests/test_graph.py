@@ -9,15 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from dynlrp import COMPOSITES, Composite, NonFiniteError, When, explain, relevance
-from dynlrp.graph import Edge, Graph
+from dynlrp.graph import Edge, Graph, sum_to
 from dynlrp.plan import Kind, make_plan
 from dynlrp.roles import roles
 from dynlrp.rules import Pass
 from tests.conftest import Opaque, bias_free, calls, close, gradient_x_input, same, sample
+from tests.oracle import draw
 
 X = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 DEPTH = 20_000
@@ -316,3 +319,34 @@ def test_threads_that_explain_at_once_get_their_own_answers() -> None:
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@given(
+    shape=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    kept=st.integers(0, 4),
+    transposed=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_sums_to_a_shape(dtype: torch.dtype, shape: list[int], kept: int, transposed: bool, seed: int) -> None:
+    value = draw(seed, *shape).to(dtype)
+    value = value.mT.contiguous().mT if transposed and value.ndim > 1 else value
+    wanted = shape[len(shape) - min(kept, len(shape)) :]
+    exact = value.double().sum_to_size(wanted)
+    # Rounded once to the dtype, and added up in float32 at least: with pairs, some roundings of the whole at the most.
+    within = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    bound = torch.finfo(dtype).eps * exact.abs() + 4 * within * value.double().abs().sum_to_size(wanted)
+    found = sum_to(value, wanted)
+    assert found.dtype == dtype
+    assert found.shape == exact.shape
+    assert bool(((found.double() - exact).abs() <= bound).all())
+
+
+def test_sums_of_many_rows_keep_their_digits() -> None:
+    value = draw(1, 100_000, 3).float() + 3
+    exact = value.double().sum(0)
+    assert float(((sum_to(value, [3]).double() - exact) / exact).abs().max()) < 1e-6
+    found = sum_to(value.bfloat16(), [3]).double()
+    assert (
+        float(((found - value.bfloat16().double().sum(0)) / exact).abs().max()) < 0.005
+    )  # half a unit in the last place
