@@ -30,5 +30,5 @@ def table_of_goals(found: Iterable[Goal]) -> str:
         if goal.figures:
             worst = next(iter(goal.missed.items()), None)
             met = f"{len(goal.figures) - len(goal.missed)} of {len(goal.figures)}"
-            body.append([goal.text, met, f"{worst[1]:.2f}: {worst[0]}" if worst else ""])
+            body.append([goal.text, met, f"{worst[1]:.3f}: {worst[0]}" if worst else ""])
     return table(["goal", "met", "farthest from it"], body)

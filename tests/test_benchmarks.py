@@ -170,7 +170,7 @@ def test_goals_hold_each_composite_against_the_library_that_does_the_same() -> N
         {},
     ]
     first = speed.table_of_goals(speed.goals(rows, points)).splitlines()[2]
-    assert first.endswith("| 1 of 2 | 1.20: VGG16, 1 x 128, epsilon |")
+    assert first.endswith("| 1 of 2 | 1.200: VGG16, 1 x 128, epsilon |")
 
 
 def test_rows_that_are_measured_again_replace_the_old(tmp_path: Path) -> None:

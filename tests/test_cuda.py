@@ -28,6 +28,12 @@ HALF = {torch.float16: 0.02, torch.bfloat16: 0.1}
 """Rounding of activations and multipliers to 11 or 8 bits, a few layers deep. A wrong formula is off by its factors."""
 
 
+@pytest.fixture(autouse=True)
+def _all_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions have the ten binary digits of TF32 there by default, and each kernel rounds in another way."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def moved(inputs: Any, dtype: torch.dtype, device: str = "cuda") -> Any:
     if isinstance(inputs, dict):
         return {name: moved(value, dtype, device) for name, value in inputs.items()}
@@ -74,11 +80,7 @@ def test_models_equal_the_cpu(name: str, composite: str) -> None:
         *((name, {"mode": "reduce-overhead"}) for name in ("vgg", "bert", "llama")),
     ],
 )
-def test_programs_in_one_launch_equal_the_cpu(
-    name: str, options: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if "mode" in options:  # which chooses other convolutions, that round to the ten digits of TF32 in another way
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_programs_in_one_launch_equal_the_cpu(name: str, options: dict[str, str]) -> None:
     model, inputs, target = sample(name)
     other = {**inputs, "input_ids": inputs["input_ids"].roll(1)} if isinstance(inputs, dict) else inputs.flip(0) * 0.9
     try:
