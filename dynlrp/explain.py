@@ -184,7 +184,9 @@ def answers(request: Request, buffers: Sequence[Buffer], chunk: int | None = Non
                 unread.learn()
             return
         request.record_more(runs)
-        unread = None
+        if unread is not None:  # what runs twice reads other tensors
+            unread.leave()
+            unread = None
         del runs, found  # their graph
 
 

@@ -129,7 +129,7 @@ class Unread:
         except RuntimeError as error:
             if traceback.extract_tb(error.__traceback__)[-1].name != "disable_saved_tensors_hooks":
                 raise
-            self._lesson.misses = MISSES  # one more, and hooks are not set again
+            self.leave()
             raise LetGoError(self) from error
 
     def pack(self, tensor: Tensor) -> Packed | None:
@@ -168,6 +168,10 @@ class Unread:
         if self._learns:
             free = sum(size for size, places in self._memory.values() if not lesson.read.intersection(places))
             lesson.worth = free / self._size / max(1, len(self._places))
+
+    def leave(self) -> None:
+        """Follow this kind no more."""
+        self._lesson.misses = MISSES + 1
 
     def again(self) -> Unread | None:
         """For a repeated forward pass that saves everything; None where that was once too often."""

@@ -91,7 +91,9 @@ def test_targets_layers_and_conditions_have_lessons_of_their_own(name: str) -> N
         equal(explain(model, inputs, targets[0], **options), expected)
     for ours, theirs in zip(explain_many(model, inputs, targets), many, strict=True):
         equal(ours, theirs)
-    assert not any(lesson.misses for lesson in unread._lessons[model].values())
+    # A condition on a module whose output nobody saved has it recorded in a second run: such kinds are not watched.
+    taught = [lesson.misses for lesson in unread._lessons[model].values()]
+    assert sorted(set(taught)) == ([0, unread.MISSES + 1] if name == "llama" else [0])
 
 
 class Watched(nn.Module):
