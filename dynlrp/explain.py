@@ -169,6 +169,8 @@ def answers(request: Request, buffers: Sequence[Buffer], chunk: int | None = Non
                     state.keep = bool(ready) and all(explanation.finite() for _, explanation in ready)
                     found = iter(ready)
             for number, explanation in found:
+                if unread is not None and unread.missed:
+                    raise LetGoError(unread)
                 if not explanation.finite():
                     with same_state(buffers, options.allow_training, request.look):
                         request.diagnose(number)

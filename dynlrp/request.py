@@ -46,7 +46,7 @@ class Request:
         if options.create_graph or options.audit or self.record is not None:
             return None
         leaves = pytree.tree_leaves(as_dicts(self.inputs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         kind = (
             options.composite, options.on_unknown, options.output, options.layers, options.parameters, len(self.frozen),
             options.wide and options.wide.dtype,
@@ -54,7 +54,11 @@ class Request:
             tuple([tuple(condition) for condition in self.conditions]),
             tuple([leaf.dtype if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]),
         )  # fmt: skip
-        return Unread.of(self.model, kind, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        try:
+            number = hash(kind)
+        except TypeError:  # an option that is none
+            return None
+        return Unread.of(self.model, number, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
     def forward(self, release: bool = True, unread: Unread | None = None) -> list[tuple[Run, list[int]]]:
         """Run the model and gather what is wanted. ``unread`` follows what is saved.

@@ -447,6 +447,9 @@ class Run:
         values = (plan.activation(edge) for edge in (*keep, *masks))
         try:
             walk.settle([edge for edge in values if edge is not None] + tables)
+        except BaseException:
+            walk.forget()
+            raise
         finally:
             self.missing |= {edge: self.graph.nodes[edge.node]._sequence_nr() for edge in promises.missing}
         assert self.structure is not None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -255,6 +256,98 @@ def test_a_model_that_passes_over_what_is_missing_is_run_again() -> None:
     assert float(explain(model, x, 1).value[0]) > 0
 
 
+def test_a_backward_that_passes_over_what_is_missing_is_done_again() -> None:
+    reads = False
+
+    class Custom(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            try:
+                return g * 2 + (0 * ctx.saved_tensors[0] if reads else 0)
+            except Exception:
+                return g * -1000
+
+    class Model(Counted):
+        def run(self, x: Tensor) -> Tensor:
+            return Custom.apply(x.exp())
+
+    model, x = Model(), torch.rand(2, 3, dtype=torch.float64)
+    first = explain(model, x, 1, on_unknown="gradient")
+    explain(model, x, 1, on_unknown="gradient")
+    reads = True
+    passes, found = model.passes(x, 1, on_unknown="gradient")
+    assert passes == 2
+    equal(found, first)
+
+
+def test_of_the_first_graph_nothing_is_left_when_another_is_made() -> None:
+    class Tells(Switch):
+        kept: Any = ()
+
+        def run(self, x: Tensor) -> Tensor:
+            self.alive = sum(not memory.expired() for memory in self.kept)
+            y = self.layer(x)
+            z = y.sigmoid() if self.other else y.tanh()
+            self.kept = [StorageWeakRef(y.untyped_storage()), StorageWeakRef(z.untyped_storage())]
+            return (y * z).exp() if self.other else (z * y.detach()).relu()
+
+    model, x = Tells(), torch.randn(3, 4, dtype=torch.float64)
+    for _ in range(2):
+        explain(model, x, 1, composite="attnlrp")
+    model.other = True
+    gc.collect()
+    gc.disable()
+    try:
+        assert model.passes(x, 1, composite="attnlrp")[0] == 2
+    finally:
+        gc.enable()
+    assert model.alive == 0
+
+
+def test_tensors_of_other_kinds() -> None:
+    layers = [nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)]
+    for layer in layers[::2]:
+        weight = layer.weight.detach()
+        layer.weight = nn.Parameter(TwoTensor(weight.clone(), weight.clone()))
+    model, x = nn.Sequential(*layers), torch.randn(3, 4)
+    first = explain(model, x, 1).relevance
+    for _ in range(2):
+        assert torch.equal(_plain(explain(model, x, 1).relevance), _plain(first))
+
+
+def _plain(x: Any) -> Tensor:
+    return x.a if isinstance(x, TwoTensor) else x
+
+
+def test_what_was_too_little_is_measured_again_where_there_is_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unread, "WORTH", 1 << 14)
+
+    class Square(nn.Module):
+        kept = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            p = x.unsqueeze(1) * x.unsqueeze(2)
+            for _ in range(3):
+                p = p * p.sigmoid()
+            memory = StorageWeakRef(p.untyped_storage())
+            p = p * p.detach().sigmoid()
+            self.kept = not memory.expired()
+            return p.sum(2)
+
+    model = Square()
+    explain(model, torch.rand(1, 2), 1)
+    for _ in range(2):
+        explain(model, torch.rand(1, 600), 1)
+    (lesson,) = unread._lessons[model].values()
+    assert lesson.size == 4 * 600
+    assert lesson.watches(4 * 600) == "go"
+
+
 def test_who_still_uses_the_graph_is_told() -> None:
     class Remembers(nn.Module):
         def __init__(self) -> None:
@@ -273,6 +366,8 @@ def test_who_still_uses_the_graph_is_told() -> None:
     with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
         explain(model, x, 1)
     model.hidden.sum().backward()
+    explain(model, x, 1)
+    model.hidden.sum().backward()  # once told, it is left alone
 
 
 def test_hooks_of_the_model_may_keep_the_graph() -> None:
@@ -312,15 +407,23 @@ def test_hooks_of_the_caller_keep_their_part() -> None:
     assert packed
 
 
+def _wrapped(x: Tensor) -> Tensor:
+    try:
+        return torch.func.grad(lambda y: y.square().sum())(x.detach())
+    except RuntimeError as error:
+        raise ValueError("no derivative") from error
+
+
 @pytest.mark.parametrize(
     "function",
     [
         lambda layer, x: x * torch.func.grad(lambda y: y.square().sum())(x.detach()),
+        lambda layer, x: x * _wrapped(x),
         lambda layer, x: checkpoint(lambda y: layer(y).tanh(), x, use_reentrant=False),
         lambda layer, x: torch.vmap(layer)(x).tanh(),
         lambda layer, x: x * torch.autograd.grad(layer(x).tanh().sum(), x, create_graph=True)[0].detach(),
     ],
-    ids=["torch.func", "checkpoint", "vmap", "gradient inside"],
+    ids=["torch.func", "errors in other words", "checkpoint", "vmap", "gradient inside"],
 )
 def test_models_that_use_autograd_themselves(function: Callable[[nn.Module, Tensor], Tensor]) -> None:
     class Model(nn.Module):
@@ -346,6 +449,8 @@ def test_errors_of_the_model_are_its_own() -> None:
     with pytest.raises(TargetError):
         explain(model, x, 1, output="logits")
     assert model.count == before + 1
+    with pytest.raises(TargetError):
+        explain(model, x, 1, output=["a"])  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
