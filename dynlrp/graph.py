@@ -202,6 +202,26 @@ class End:
         return number
 
 
+class _Same(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+def _keeps_node() -> bool:
+    with torch.inference_mode(False), torch.enable_grad():
+        node: Any = _Same.apply(torch.ones((), device="cpu", requires_grad=True)).grad_fn  # type: ignore[no-untyped-call]
+    try:
+        return bool(node._sequence_nr() >= 0)
+    except RuntimeError:
+        return False
+
+
+KEEPS_NODE = _keeps_node()
+"""Whether what Python has of a custom function's node keeps the node, as from PyTorch 2.13 on. Before, a node was gone
+with the tensor that it made and the nodes that use it."""
+
+
 def saved(node: Node, name: str | int) -> Any:
     """What a node saved: an attribute of its own; of a custom function, an entry of ``ctx.saved_tensors`` by number or
     an attribute of ``ctx``."""

@@ -28,7 +28,7 @@ from dynlrp.errors import (
 )
 from dynlrp.expansion import Expander, Paths
 from dynlrp.explanation import Explanation
-from dynlrp.graph import CHANGED, DEEP, FREED, LEAF, Edge, Graph, Node, Structure
+from dynlrp.graph import CHANGED, DEEP, FREED, KEEPS_NODE, LEAF, Edge, Graph, Node, Structure
 from dynlrp.ledger import Ledger
 from dynlrp.names import matching
 from dynlrp.options import Options
@@ -98,6 +98,10 @@ class Run:
         relevance is to be part of a graph. ``release``: this one is free to go."""
         node, number = get_gradient_edge(seeds[0].root)[:2]
         self.graph = Gathered(node, calls) if calls else Graph(node)
+        self._whole: Tensor | None = None
+        """Holds the graph together, where a node of a custom function goes with what uses it."""
+        if not KEEPS_NODE and any(isinstance(n, torch._C._FunctionBase) for n in self.graph.recorded()):
+            self._whole, release = seeds[0].root, False
         if not release:
             self.graph.outlast(node)
         root = self.graph.edge(node, number)

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from dynlrp import COMPOSITES, Composite, NonFiniteError, When, explain, relevance
-from dynlrp.graph import Edge, Graph, sum_to
+from dynlrp.graph import KEEPS_NODE, Edge, Graph, sum_to
 from dynlrp.plan import Kind, make_plan
 from dynlrp.roles import roles
 from dynlrp.rules import Pass
@@ -350,3 +351,34 @@ def test_sums_of_many_rows_keep_their_digits() -> None:
     assert (
         float(((found - value.bfloat16().double().sum(0)) / exact).abs().max()) < 0.005
     )  # half a unit in the last place
+
+
+class Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 3
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_custom_functions_last_as_long_as_they_are_used(keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python may have of them what does not keep them: they are the output and in the middle."""
+    monkeypatch.setattr("dynlrp.run.KEEPS_NODE", KEEPS_NODE and keeps)
+    layers = [nn.Linear(4, 4).double() for _ in range(3)]
+
+    def score(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = Tripled.apply(layer(x).relu())
+        return x
+
+    found = explain(score, X, 1, on_unknown="gradient", composite="epsilon")
+    close(found.relevance, explain(lambda x: _plain(layers, x), X, 1, composite="epsilon").relevance)
+
+
+def _plain(layers: list[nn.Linear], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x).relu() * 3
+    return x
