@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +11,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dynlrp.errors import InputError
+from dynlrp.graph import hooks_around
 
 CHECKPOINT = "torch.utils.checkpoint"
 """Where the saved-tensor hooks of checkpoints are from."""
 
-_saving: Callable[[], Any] = partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
-"""The saved-tensor hooks that are set."""
 
 CONVOLUTIONS = frozenset(
     {
@@ -78,7 +76,7 @@ class Aliases(TorchFunctionMode):
         """Saved-tensor hooks were set inside: they may run parts of the model again, which needs the stand-ins too."""
 
     def __enter__(self) -> Aliases:
-        self._hooks = _saving()
+        self._hooks = hooks_around()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -87,7 +85,7 @@ class Aliases(TorchFunctionMode):
         return self._stand_ins.get(id(parameter), parameter)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        hooks, multiplies = _saving(), func in PRODUCTS
+        hooks, multiplies = hooks_around(), func in PRODUCTS
         if hooks != self._hooks:
             self.reruns = True
         if kwargs is None:

@@ -19,12 +19,11 @@ from torch.utils import _pytree as pytree
 
 from dynlrp.composite import Composite, When, innermost
 from dynlrp.errors import InputError
+from dynlrp.graph import next_number
 from dynlrp.names import matching
 from dynlrp.places import ATTENTION, parse
 
 functorch: Any = torch._C._functorch
-
-_sequence: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ class Recording:
     def watching(self) -> Iterator[None]:
         """Follow the modules that this thread runs."""
         thread, events, wanted = threading.get_ident(), self._events, self._outputs
-        self.start = _sequence()
+        self.start = next_number()
         buried: list[tuple[str, str]] = []
 
         def enter(module: nn.Module, _: Any) -> None:
@@ -195,8 +194,8 @@ class Recording:
             if self._open is not None:
                 self._depth += 1
                 return
-            self._running = Frame(module, self._running, _sequence())
-            events.append((_sequence(), self._running))
+            self._running = Frame(module, self._running, next_number())
+            events.append((next_number(), self._running))
 
         def leave(module: nn.Module, _: Any, output: Any) -> Any:
             if threading.get_ident() != thread:
@@ -210,7 +209,7 @@ class Recording:
             if names and frame is not None:
                 output = self._owned(output, frame.start, names[0])
             self._running = None if frame is None else frame.caller
-            events.append((_sequence(), self._running))
+            events.append((next_number(), self._running))
             for name in names:
                 self._keep(name, output)
             return None if output is returned else output
@@ -250,7 +249,7 @@ class Recording:
             _, rule = self._composite.scope(paths, self.matched)
             if rule is not None:
                 inputs = Tensors.of((args, kwargs), self._attached)  # which may record views anew, outside of the step
-                self._open = _Open(self._running, paths, _sequence(), inputs)
+                self._open = _Open(self._running, paths, next_number(), inputs)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             opened = self._open
@@ -258,7 +257,7 @@ class Recording:
                 return
             self._open = None
             outputs = Tensors.of(output, self._attached)
-            self._calls.append(Call(module, opened.modules, opened.start, _sequence(), opened.inputs, outputs))
+            self._calls.append(Call(module, opened.modules, opened.start, next_number(), opened.inputs, outputs))
 
         for module, name in [(module, name) for name, module in self._model.named_modules()]:
             if any(when.module is not None and fnmatchcase(name, when.module) for when in self._composite.modules):

@@ -13,7 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from dynlrp.composite import Composite, innermost
 from dynlrp.errors import BrokenPromiseError, NoPathError, RuleError, UnknownOperationError
-from dynlrp.graph import Edge, Graph, Structure
+from dynlrp.graph import Edge, Graph, Structure, next_number
 from dynlrp.ledger import Ledger
 from dynlrp.plan import Kind, Plan, UnknownNodes, make_plan
 from dynlrp.promise import Promises, plain
@@ -34,7 +34,7 @@ class Paths:
 
     def runs_again(self, sequence: int) -> None:
         """What is recorded from now on is a part of the operation with this number."""
-        self._starts.append(torch._C._autograd._get_sequence_nr())
+        self._starts.append(next_number())
         self._stands_for.append(sequence)
 
     def modules(self, sequence: int) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,10 @@ FREED = "after they have already been freed"
 """What torch says of saved tensors that are gone."""
 CHANGED = "modified by an inplace operation"
 """What it says of those that were changed."""
+next_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
+"""The number that the operation gets that this thread records next."""
+hooks_around: Callable[[], Any] = partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
+"""The innermost saved-tensor hooks that are set, if any."""
 DEEP = 10_000
 """Nodes of a graph that may be freed by recursion."""
 
@@ -273,7 +277,7 @@ def vjp(node: Node, grads: Grads) -> Sequence[Tensor | None]:
 def fit(value: Tensor, expected: Any, dtype: torch.dtype) -> Tensor:
     """Bring what a node returned to the operand's shape and a dtype, as autograd's engine would."""
     if not expected.is_nested_tensor and list(value.shape) != expected.shape:
-        value = sum_to((value.values().unsqueeze(0) if value.is_nested else value), expected.shape)
+        value = sum_to(value.values().unsqueeze(0) if value.is_nested else value, expected.shape)
     if value.dtype is not dtype:
         value = (value.real if value.is_complex() and not dtype.is_complex else value).to(dtype)
     return value

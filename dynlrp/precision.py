@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from dynlrp.errors import InputError
-from dynlrp.graph import Node, saved, vjp
+from dynlrp.graph import Node, hooks_around, saved, vjp
 from dynlrp.rules.operation import REGISTRY, Grads
 from dynlrp.unread import Packed, Unread
 
@@ -62,7 +62,7 @@ class Wide:
     def saving(self, unread: Unread | None = None) -> Iterator[None]:
         """What is saved in here can be handed out in the wide dtype. Hooks that are set already keep their part, and so
         does what is ``unread``."""
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        outer = hooks_around()
 
         def pack(tensor: Tensor) -> _Around | Packed | None:
             if outer is not None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynlrp.catalogue import operand_names
-
-_sequence: Callable[[], int] = torch._C._autograd._get_sequence_nr
+from dynlrp.graph import next_number
 
 
 class Everything:
@@ -37,7 +35,7 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, wanted: Wanted = EVERYTHING) -> None:
         super().__init__()
-        self._wanted, self._start = wanted, _sequence()
+        self._wanted, self._start = wanted, next_number()
         self._inner = _Inner(wanted, self._start)
         self._kept: dict[tuple[Any, int], Tensor] = {}
 
@@ -99,7 +97,7 @@ class _Inner(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What a tensor held after a write into a view of it, by the number of the node that stands for the write."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        number = _sequence() - 1
+        number = next_number() - 1
         result = func(*args, **(kwargs or {}))
         base = args[0]._base if func._schema.is_mutable and args and isinstance(args[0], Tensor) else None
         if base is not None and (number + 1 - self._start, 0) in self._wanted:  # the write's own node comes first

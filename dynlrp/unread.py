@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
 from dynlrp.errors import FreedGraphError
-from dynlrp.graph import CHANGED
+from dynlrp.graph import CHANGED, hooks_around, next_number
 from dynlrp.state import modules
 
 WORTH = 1 << 14
@@ -33,8 +33,6 @@ FURTHER = 4
 """How many times larger inputs are to be measured anew, if those before were not worth the while."""
 MISSES = 8
 """Forward passes that may be repeated for one kind; then everything is kept."""
-
-_sequence = torch._C._autograd._get_sequence_nr
 
 
 class LetGoError(FreedGraphError):
@@ -102,8 +100,7 @@ class Unread:
         self._lesson, self._size = lesson, size
         self._unread = lesson.unread if goes else frozenset()
         self._learns = not goes
-        self._start = self._last = _sequence()
-        self._ordinal = 0
+        self._start = self._last = self._ordinal = 0
         self._places: list[int] = []
         self._read: set[int] = set()
         self._memory: dict[int, tuple[int, list[int]]] = {}
@@ -118,8 +115,7 @@ class Unread:
         the while, or where others may read what is saved."""
         autograd: Any = torch._C._autograd
         allowed = autograd._saved_tensors_hooks_is_enabled() and not parametrize._cache_enabled
-        followed = autograd._top_saved_tensors_default_hooks(False) is not None
-        if not isinstance(model, nn.Module) or not allowed or followed or active_fake_mode() is not None:
+        if not isinstance(model, nn.Module) or not allowed or hooks_around() or active_fake_mode() is not None:
             return None
         lessons = _lessons.setdefault(model, {})
         lesson = lessons.pop(kind, None) or Lesson()
@@ -138,7 +134,7 @@ class Unread:
     @contextmanager
     def allowed(self) -> Iterator[None]:
         """Hooks may be set in here, unless the model, or ``torch.func`` in it, forbids it."""
-        self._start = self._last = _sequence()
+        self._start = self._last = next_number()
         try:
             yield
         except Exception as error:
@@ -148,7 +144,7 @@ class Unread:
             raise LetGoError(self) from error
 
     def pack(self, tensor: Tensor) -> Packed | None:
-        number = _sequence()
+        number = next_number()
         self._ordinal = self._ordinal + 1 if number == self._last else 0
         self._last = number
         place = (number - self._start) << 16 | self._ordinal
@@ -212,8 +208,7 @@ def _is_hooked(model: nn.Module) -> bool:
     """Whether functions of the caller are given tensors of the graph, which they may keep."""
     module: Any = torch.nn.modules.module
     around = [*module._global_forward_hooks.values(), *module._global_forward_pre_hooks.values()]
-    if any(
-        getattr(hook, "__module__", "") != "dynlrp.capture" for hook in around
-    ):  # an explanation may run in another thread
-        return True
-    return any(m._forward_hooks or m._forward_pre_hooks for m in modules(model))
+    own = "dynlrp.capture"  # of an explanation in another thread
+    return any(getattr(hook, "__module__", "") != own for hook in around) or any(
+        m._forward_hooks or m._forward_pre_hooks for m in modules(model)
+    )

@@ -19,7 +19,7 @@ from dynlrp.errors import (
     NotDifferentiableError,
     RuleError,
 )
-from dynlrp.graph import CHANGED, FREED, Edge, Graph, fit, saved, vjp
+from dynlrp.graph import CHANGED, FREED, Edge, Graph, fit, next_number, saved, vjp
 from dynlrp.ledger import ACCOUNTS, Ledger
 from dynlrp.plan import Link, Plan, StepPlan
 from dynlrp.precision import Wide
@@ -426,7 +426,7 @@ class Walk:
         return value.ndim > len(shape) and value.shape[value.ndim - len(shape) :] == shape
 
     def _begin(self, step: StepPlan) -> None:
-        self._begun = torch._C._autograd._get_sequence_nr()
+        self._begun = next_number()
         problem = loses(self.graph.nodes[step.index])
         if problem:
             raise NotDifferentiableError(

@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
@@ -348,19 +347,8 @@ def test_sums_of_many_rows_keep_their_digits() -> None:
     exact = value.double().sum(0)
     assert float(((sum_to(value, [3]).double() - exact) / exact).abs().max()) < 1e-6
     found = sum_to(value.bfloat16(), [3]).double()
-    assert (
-        float(((found - value.bfloat16().double().sum(0)) / exact).abs().max()) < 0.005
-    )  # half a unit in the last place
-
-
-class Tripled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 3
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g * 3
+    rounded = value.bfloat16().double().sum(0)
+    assert float(((found - rounded) / exact).abs().max()) < 0.005  # half a unit in the last place
 
 
 @pytest.mark.parametrize("keeps", [False, True])
@@ -371,7 +359,7 @@ def test_custom_functions_last_as_long_as_they_are_used(keeps: bool, monkeypatch
 
     def score(x: Tensor) -> Tensor:
         for layer in layers:
-            x = Tripled.apply(layer(x).relu())
+            x = Opaque.apply(layer(x).relu())
         return x
 
     found = explain(score, X, 1, on_unknown="gradient", composite="epsilon")
@@ -380,5 +368,5 @@ def test_custom_functions_last_as_long_as_they_are_used(keeps: bool, monkeypatch
 
 def _plain(layers: list[nn.Linear], x: Tensor) -> Tensor:
     for layer in layers:
-        x = layer(x).relu() * 3
+        x = layer(x).relu() * 2
     return x
